@@ -1,0 +1,73 @@
+# hasgpu: `make help` lists the targets. Everything lives in .venv; nothing is installed elsewhere.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := proto libs/core libs/predictor libs/device libs/runtime libs/sim \
+            services/gateway services/scheduler services/node-agent services/rapp services/scaler cli
+SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
+TESTS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench gpu-lab clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv with everything; the command is .venv/bin/hasgpu
+
+$(READY): requirements.txt constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hasgpu needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "setup: installing the packages of requirements.txt (about 2 GB, most of it torch; a few minutes) ..."
+	@$(BIN)/pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	@echo "setup: linking the workspace ..."
+	@$(BIN)/pip install --quiet --no-build-isolation --no-deps $(foreach p,$(PACKAGES),--editable ./$(p))
+	@touch $@
+	@echo "setup: done, the command is $(BIN)/hasgpu"
+
+check: $(READY) proto-check lint types imports ## ruff, mypy strict, import rules, generated code up to date
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy $(SOURCES) tools bench
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff format and mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(READY) ## generate proto/gen again
+	$(BIN)/python tools/protos.py
+
+proto-check: $(READY)
+	$(BIN)/python tools/protos.py --check
+
+test: $(READY) ## all tests, on real brokers and real processes
+	$(BIN)/pytest $(TESTS)
+
+test-fast: $(READY) ## without those that start the whole system
+	$(BIN)/pytest -m "not slow" $(TESTS)
+
+demo: $(READY) ## deploy two models, replay a load, watch their shares; writes out/demo/
+	$(BIN)/hasgpu demo --out out/demo
+
+bench: $(READY) ## measure; JSON under bench/results/
+	$(BIN)/python bench/quota.py --device cpu
+	$(BIN)/python bench/gateway.py
+	$(BIN)/python bench/rapp.py
+
+gpu-lab: ## what needs an NVIDIA GPU
+	"$(PYTHON)" -m pytest -m gpu libs/device
+
+clean: ## remove .venv, caches and out/
+	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache catboost_info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

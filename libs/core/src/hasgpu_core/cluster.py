@@ -1,0 +1,70 @@
+"""The snapshot that scaling and placement decide from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hasgpu_core.capacity import CapacityTable
+from hasgpu_core.function import FunctionSpec
+from hasgpu_core.resources import Allocation, DeviceState, InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """An instance: wanted, bound, running, or several of these."""
+
+    instance: str
+    allocation: Allocation
+    """As desired."""
+    state: InstanceState
+    node: str = ""
+    """Empty until it is bound."""
+    gpu: str = ""
+    row: int = 0
+    device_model: str = ""
+    standby: bool = False
+    reason: str = ""
+    """Of a failure or a refusal."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemandView:
+    """What all gateways together saw of a function."""
+
+    rate_rps: float | None
+    """Arrivals over the last observation period; None: no data (which is not zero)."""
+    queued_count: int = 0
+    in_flight_count: int = 0
+    oldest_wait_s: float = 0.0
+    p95_s: float | None = None
+    """Over the last few seconds; None: nothing was answered."""
+    age_s: float = 0.0
+    """Since the newest report."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionView:
+    """A function and all that is known of it."""
+
+    spec: FunctionSpec
+    revision: int
+    demand: DemandView
+    instances: tuple[InstanceView, ...]
+    """Sorted by id."""
+    tables: Mapping[str, CapacityTable] = field(default_factory=dict)
+    """By device model."""
+    held: bool = False
+    """Set by hand: the policy leaves it alone."""
+    next_ordinal: int = 0
+    """New instances are named `<function>-<ordinal>` from here on, so that no id is used twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """All that a decision may look at."""
+
+    functions: tuple[FunctionView, ...]
+    """Sorted by name."""
+    devices: tuple[DeviceState, ...]
+    """Sorted by (node, gpu); only those of live nodes."""

@@ -1,0 +1,218 @@
+"""What the services tell each other: the domain's side of `hasgpu.events.v1`. Subjects are built here and only here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hasgpu_core.function import FunctionSpec
+from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState, Row
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionEvent:
+    """function.<fn> (STATE), by the gateway."""
+
+    spec: FunctionSpec
+    revision: int
+    """Grows with every deploy and update; also the model version that clients see."""
+    updated_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemandEvent:
+    """demand.<fn>.<gateway> (core NATS), by each gateway: cumulative counters, so that a lost message loses nothing."""
+
+    function: str
+    gateway: str
+    epoch: str
+    """Of the gateway process; a new epoch starts the counters at zero."""
+    observed_unix_ns: int
+    arrived_count: int
+    ok_count: int
+    failed_count: int
+    refused_count: int
+    late_count: int
+    """Answered, but later than the objective."""
+    queued_count: int
+    in_flight_count: int
+    oldest_wait_ms: int
+    window_count: int
+    """Requests answered in the last few seconds; at 0 the percentiles are None."""
+    p50_ms: int | None
+    p95_ms: int | None
+    p99_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchObservation:
+    """One executed batch, as the worker measured it."""
+
+    batch: int
+    sm_pct: int
+    request_permille: int
+    latency_ns: int
+    """Gate wait and execution."""
+    device_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceEvent:
+    """instance.<fn>.<id> (STATE), by the node agent."""
+
+    function: str
+    instance: str
+    node: str
+    gpu: str
+    row: int
+    state: InstanceState
+    reason: str
+    """In words, for FAILED and for refused changes."""
+    address: str
+    """host:port of its WorkerService; empty until it listens."""
+    allocation: Allocation
+    """In force."""
+    allocation_revision: int
+    function_revision: int
+    device_model: str
+    plan_revision: int
+    device_time_ns: int = 0
+    debt_ns: int = 0
+    batches_count: int = 0
+    restarts_count: int = 0
+    observed_unix_ns: int = 0
+    observations: tuple[BatchObservation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEvent:
+    """node.<node> (STATE), by the node agent: the heartbeat."""
+
+    node: str
+    address: str
+    devices: tuple[DeviceInfo, ...]
+    observed_unix_ns: int
+    plan_revision: int
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """device.<node>.<gpu> (core NATS), by the node agent."""
+
+    device: DeviceInfo
+    rows: tuple[Row, ...]
+    memory_used_bytes: int
+    busy_permille: int
+    """Share of the last telemetry period for which the device was held, summed over its rows weighted by SM share."""
+    observed_unix_ns: int
+    allocated_gpu_ns: int
+    """Since the agent began: integral of SM share times request, in GPU-nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerticalScaleEvent:
+    """scale.vertical.<node>.<instance> (STATE), by the scaler."""
+
+    function: str
+    instance: str
+    node: str
+    allocation: Allocation
+    revision: int
+    """Of the desired state; the newest wins."""
+    reason: str
+    decided_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredInstance:
+    """One instance as the scaler wants it."""
+
+    instance: str
+    allocation: Allocation
+    standby: bool = False
+    """Ready, parked at the smallest quota, and gets no requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class HorizontalScaleEvent:
+    """scale.horizontal.<fn> (COMMANDS), by the scaler: all instances wanted; none: the function went."""
+
+    function: str
+    revision: int
+    instances: tuple[DesiredInstance, ...]
+    reason: str
+    decided_unix_ns: int
+    fencing_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedInstance:
+    """One instance bound to a row of a device."""
+
+    function: str
+    instance: str
+    gpu: str
+    row: int
+    allocation: Allocation
+    allocation_revision: int
+    standby: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEvent:
+    """plan.<node> (STATE), by the scheduler: all that the node must run."""
+
+    node: str
+    revision: int
+    instances: tuple[PlannedInstance, ...] = field(default_factory=tuple)
+    fencing_token: int = 0
+    reason: str = ""
+
+
+def function_subject(function: str) -> str:
+    """`function.<fn>`; pass "*" for all."""
+    return f"function.{function}"
+
+
+def demand_subject(function: str, gateway: str) -> str:
+    """`demand.<fn>.<gateway>`."""
+    return f"demand.{function}.{gateway}"
+
+
+def instance_subject(function: str, instance: str) -> str:
+    """`instance.<fn>.<id>`."""
+    return f"instance.{function}.{instance}"
+
+
+def node_subject(node: str) -> str:
+    """`node.<node>`."""
+    return f"node.{node}"
+
+
+def device_subject(node: str, gpu: str) -> str:
+    """`device.<node>.<gpu>`."""
+    return f"device.{node}.{gpu}"
+
+
+def capacity_subject(function: str, device_model: str) -> str:
+    """`capacity.<fn>.<device model>`."""
+    return f"capacity.{function}.{device_model}"
+
+
+def vertical_subject(node: str, instance: str) -> str:
+    """`scale.vertical.<node>.<instance>`."""
+    return f"scale.vertical.{node}.{instance}"
+
+
+def horizontal_subject(function: str) -> str:
+    """`scale.horizontal.<fn>`."""
+    return f"scale.horizontal.{function}"
+
+
+def plan_subject(node: str) -> str:
+    """`plan.<node>`."""
+    return f"plan.{node}"
+
+
+STATE_SUBJECTS = ("function.>", "plan.>", "instance.>", "node.>", "capacity.>", "scale.vertical.>")
+COMMAND_SUBJECTS = ("scale.horizontal.>",)

@@ -1,0 +1,1 @@
+"""The device layer: backends, the token gate, the control block, the worker."""

@@ -1,0 +1,1 @@
+"""Latency prediction: features, the CatBoost model, capacity tables."""

@@ -1,0 +1,1 @@
+"""What touches the world for every service: wire, bus, store, RPC, loops, telemetry."""

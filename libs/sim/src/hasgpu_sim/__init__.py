@@ -1,0 +1,1 @@
+"""Discrete events in virtual time that drive the policies of hasgpu-core."""

@@ -1,0 +1,1 @@
+"""The front door: Open Inference Protocol, function registry, queues, batches, routes."""

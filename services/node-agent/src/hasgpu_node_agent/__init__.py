@@ -1,0 +1,1 @@
+"""One per host: devices, workers, quotas, profiling runs."""

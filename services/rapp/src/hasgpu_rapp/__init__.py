@@ -1,0 +1,1 @@
+"""The Resource-aware Performance Predictor as a service."""

@@ -1,0 +1,1 @@
+"""Binds instances to nodes, GPUs and rows."""
