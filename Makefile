@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# a client of the protocol that nobody here wrote, in an environment of its own
+TRITON := $(VENV)/tritonclient
 PACKAGES := proto libs/core libs/predictor libs/device libs/runtime libs/sim \
             services/gateway services/scheduler services/node-agent services/rapp services/scaler cli
 SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
@@ -51,7 +53,12 @@ proto: $(READY) ## generate proto/gen again
 proto-check: $(READY)
 	$(BIN)/python tools/protos.py --check
 
-test: $(READY) ## all tests, on real brokers and real processes
+$(TRITON)/.ready: constraints.txt
+	@"$(PYTHON)" -m venv $(TRITON)
+	@$(TRITON)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
+	@touch $@
+
+test: $(READY) $(TRITON)/.ready ## all tests, on real brokers and real processes
 	$(BIN)/pytest $(TESTS)
 
 test-fast: $(READY) ## without those that start the whole system

@@ -28,6 +28,7 @@ class DemandEvent:
     """Of the gateway process; a new epoch starts the counters at zero."""
     observed_unix_ns: int
     arrived_count: int
+    """Every request for the function that reached the gateway, those it refused for lack of room or time included."""
     ok_count: int
     failed_count: int
     refused_count: int
@@ -81,6 +82,8 @@ class InstanceEvent:
     restarts_count: int = 0
     observed_unix_ns: int = 0
     observations: tuple[BatchObservation, ...] = ()
+    pid: int = 0
+    """Of the worker process on its node; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from hasgpu_core.resources import Allocation, DeviceState
+from hasgpu_core.events import PlannedInstance
+from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceState, Row
+
+_SHARED_ROW, _USED_GPU, _EMPTY_GPU = range(3)
+"""The order of preference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,108 @@ class NoRoom:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Rebound:
+    """A lost instance and where it goes now."""
+
+    planned: PlannedInstance
+    """As it was bound before."""
+    outcome: Placement | NoRoom
+
+
 def place(allocation: Allocation, devices: Sequence[DeviceState]) -> Placement | NoRoom:
     """Returns where an allocation fits.
 
     Preference, as HAS-GPU's released placement: a row with the same SM share and room for the request, the fullest
-    first; else a new row on a GPU in use; else on an empty GPU. Ties go by (node, gpu, row), so the answer is
-    deterministic.
+    first; else a new row on a GPU in use, the one with the least SMs free; else on an empty GPU. Ties go by (node,
+    gpu, row), so the answer is deterministic. Only devices that have the memory free and offer the SM share as a rung
+    are looked at. A row without instances is as good as none.
     """
-    raise NotImplementedError
+    found: list[tuple[tuple[int, int, str, str, int], Placement]] = []
+    for device in devices:
+        info = device.info
+        if allocation.sm_pct not in info.sm_rungs_pct or allocation.memory_bytes > device.free_memory_bytes:
+            continue
+        where = f"{info.node}/{info.gpu}"
+        rows = live_rows(device)
+        for row in rows:
+            if row.sm_pct == allocation.sm_pct and row.free_permille >= allocation.request_permille:
+                reason = f"shares row {row.index} of {where} ({row.free_permille} ‰ free)"
+                key = (_SHARED_ROW, row.free_permille, info.node, info.gpu, row.index)
+                found.append((key, Placement(info.node, info.gpu, row.index, False, reason)))
+        free_sm_pct = WHOLE_PCT - sum(row.sm_pct for row in rows)
+        if allocation.sm_pct <= free_sm_pct and allocation.request_permille <= WHOLE_PERMILLE:
+            index = _unused_index(rows)
+            state = f"which is in use ({free_sm_pct} % of its SMs free)" if rows else "which was empty"
+            key = (_USED_GPU if rows else _EMPTY_GPU, free_sm_pct, info.node, info.gpu, index)
+            reason = f"new row {index} on {where}, {state}"
+            found.append((key, Placement(info.node, info.gpu, index, True, reason)))
+    if found:
+        return min(found, key=lambda candidate: candidate[0])[1]
+    return NoRoom(_no_room(allocation, devices))
+
+
+def occupy(devices: Sequence[DeviceState], placement: Placement, allocation: Allocation) -> tuple[DeviceState, ...]:
+    """Returns the devices with an allocation placed, so that the next placement sees the room taken."""
+    return tuple(
+        _with_request(device, placement.row, allocation)
+        if (device.info.node, device.info.gpu) == (placement.node, placement.gpu)
+        else device
+        for device in devices
+    )
+
+
+def rebind(lost: Iterable[PlannedInstance], devices: Sequence[DeviceState]) -> tuple[Rebound, ...]:
+    """Returns new places for instances whose node is gone, or whose plan has to be made anew.
+
+    Active instances go before standbys, larger shares before smaller ones, then by id, so that equal arguments give
+    equal answers. `devices` are the live ones, without the room of the lost instances; each placement takes its room
+    from those after it. What fits nowhere has NoRoom as its outcome and should be tried again when room appears.
+    """
+    out = []
+    room = tuple(devices)
+    order = sorted(lost, key=lambda p: (p.standby, -p.allocation.gpu_share, p.function, p.instance))
+    for planned in order:
+        outcome = place(planned.allocation, room)
+        if isinstance(outcome, Placement):
+            room = occupy(room, outcome, planned.allocation)
+        out.append(Rebound(planned, outcome))
+    return tuple(out)
+
+
+def live_rows(device: DeviceState) -> tuple[Row, ...]:
+    """Returns the rows that hold something, by index; an empty row is only a remembrance and its SMs are free."""
+    return tuple(sorted((row for row in device.rows if row.used_permille > 0), key=lambda row: row.index))
+
+
+def _with_request(device: DeviceState, index: int, allocation: Allocation) -> DeviceState:
+    rows = {row.index: row for row in live_rows(device)}
+    row = rows.get(index) or Row(index, allocation.sm_pct, 0)
+    rows[index] = replace(row, used_permille=row.used_permille + allocation.request_permille)
+    return replace(
+        device,
+        rows=tuple(rows[i] for i in sorted(rows)),
+        memory_used_bytes=device.memory_used_bytes + allocation.memory_bytes,
+    )
+
+
+def _unused_index(rows: Sequence[Row]) -> int:
+    taken = {row.index for row in rows}
+    return next(i for i in range(len(taken) + 1) if i not in taken)
+
+
+def _no_room(allocation: Allocation, devices: Sequence[DeviceState]) -> str:
+    """Says what was asked and what each device has free."""
+    asked = f"SM {allocation.sm_pct} %, {allocation.request_permille} ‰ and {allocation.memory_bytes >> 20} MiB"
+    if not devices:
+        return f"no room for {asked}: no device is known"
+    if all(allocation.sm_pct not in device.info.sm_rungs_pct for device in devices):
+        rungs = sorted({rung for device in devices for rung in device.info.sm_rungs_pct})
+        return f"no device gives SM {allocation.sm_pct} %: they offer {', '.join(map(str, rungs))} %"
+    free = []
+    for device in devices:
+        rows = live_rows(device)
+        shares = [f"SM {WHOLE_PCT - sum(row.sm_pct for row in rows)} %", f"{device.free_memory_bytes >> 20} MiB"]
+        shares += [f"row {row.index} (SM {row.sm_pct} %): {row.free_permille} ‰" for row in rows]
+        free.append(f"{device.info.node}/{device.info.gpu} has free {', '.join(shares)}")
+    return f"no room for {asked}: " + "; ".join(free)

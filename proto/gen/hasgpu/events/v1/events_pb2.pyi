@@ -144,6 +144,7 @@ class InstanceEvent(_message.Message):
     RESTARTS_COUNT_FIELD_NUMBER: _builtins.int
     OBSERVED_UNIX_NS_FIELD_NUMBER: _builtins.int
     OBSERVATIONS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     instance: _builtins.str
     node: _builtins.str
@@ -166,6 +167,8 @@ class InstanceEvent(_message.Message):
     batches_count: _builtins.int
     restarts_count: _builtins.int
     observed_unix_ns: _builtins.int
+    pid: _builtins.int
+    """Of the worker process on its node; 0: none."""
     @_builtins.property
     def allocation(self) -> _common_pb2.Allocation:
         """The allocation in force."""
@@ -196,10 +199,11 @@ class InstanceEvent(_message.Message):
         restarts_count: _builtins.int = ...,
         observed_unix_ns: _builtins.int = ...,
         observations: _abc.Iterable[Global___BatchObservation] | None = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocation", b"allocation", "allocation_revision", b"allocation_revision", "batches_count", b"batches_count", "debt_ns", b"debt_ns", "device_model", b"device_model", "device_time_ns", b"device_time_ns", "function", b"function", "function_revision", b"function_revision", "gpu", b"gpu", "instance", b"instance", "node", b"node", "observations", b"observations", "observed_unix_ns", b"observed_unix_ns", "plan_revision", b"plan_revision", "reason", b"reason", "restarts_count", b"restarts_count", "row", b"row", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocation", b"allocation", "allocation_revision", b"allocation_revision", "batches_count", b"batches_count", "debt_ns", b"debt_ns", "device_model", b"device_model", "device_time_ns", b"device_time_ns", "function", b"function", "function_revision", b"function_revision", "gpu", b"gpu", "instance", b"instance", "node", b"node", "observations", b"observations", "observed_unix_ns", b"observed_unix_ns", "pid", b"pid", "plan_revision", b"plan_revision", "reason", b"reason", "restarts_count", b"restarts_count", "row", b"row", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hasgpu.common.v1 import common_pb2 as hasgpu_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhasgpu/gateway/v1/gateway.proto\x12\x11hasgpu.gateway.v1\x1a\x1dhasgpu/common/v1/common.proto\"c\n\x15\x44\x65ployFunctionRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.hasgpu.gateway.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"M\n\x0c\x44\x65ployHeader\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x0f\n\x07replace\x18\x02 \x01(\x08\"M\n\x16\x44\x65ployFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\xfd\x01\n\x0e\x46unctionStatus\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x17\n\x0fupdated_unix_ns\x18\x03 \x01(\x03\x12\x34\n\tinstances\x18\x04 \x03(\x0b\x32!.hasgpu.gateway.v1.InstanceStatus\x12\x33\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32!.hasgpu.gateway.v1.CapacityStatus\x12\x11\n\tcondition\x18\x06 \x01(\t\x12\x14\n\x0cqueued_count\x18\x07 \x01(\r\"\xb1\x02\n\x0eInstanceStatus\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03gpu\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\r\x12.\n\x05state\x18\x05 \x01(\x0e\x32\x1f.hasgpu.common.v1.InstanceState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x30\n\nallocation\x18\x07 \x01(\x0b\x32\x1c.hasgpu.common.v1.Allocation\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x08 \x01(\x04\x12\x15\n\rbatches_count\x18\t \x01(\x04\x12\x16\n\x0erestarts_count\x18\n \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x1b\n\x13\x61llocation_revision\x18\x0c \x01(\x04\"w\n\x0e\x43\x61pacityStatus\x12\x14\n\x0c\x64\x65vice_model\x18\x01 \x01(\t\x12\r\n\x05\x62\x61sis\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x03\x12\x15\n\rbest_millirps\x18\x04 \x01(\x04\x12\x19\n\x11infeasible_reason\x18\x05 \x01(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x13GetFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\x16\n\x14ListFunctionsRequest\"M\n\x15ListFunctionsResponse\x12\x34\n\tfunctions\x18\x01 \x03(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\xf8\x02\n\x15UpdateFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bif_revision\x18\x02 \x01(\x04\x12\x13\n\x06slo_ms\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0cslo_permille\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x17\n\ntimeout_ms\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tmax_batch\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1a\n\rmin_instances\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x1a\n\rmax_instances\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x14\n\x07standby\x18\t \x01(\rH\x06\x88\x01\x01\x12\x16\n\tmax_queue\x18\n \x01(\rH\x07\x88\x01\x01\x42\t\n\x07_slo_msB\x0f\n\r_slo_permilleB\r\n\x0b_timeout_msB\x0c\n\n_max_batchB\x10\n\x0e_min_instancesB\x10\n\x0e_max_instancesB\n\n\x08_standbyB\x0c\n\n_max_queue\"M\n\x16UpdateFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"%\n\x15\x44\x65leteFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse\"%\n\x15WatchFunctionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"^\n\x16WatchFunctionsResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\x32\xf3\x04\n\x0f\x46unctionService\x12g\n\x0e\x44\x65ployFunction\x12(.hasgpu.gateway.v1.DeployFunctionRequest\x1a).hasgpu.gateway.v1.DeployFunctionResponse(\x01\x12\\\n\x0bGetFunction\x12%.hasgpu.gateway.v1.GetFunctionRequest\x1a&.hasgpu.gateway.v1.GetFunctionResponse\x12\x62\n\rListFunctions\x12\'.hasgpu.gateway.v1.ListFunctionsRequest\x1a(.hasgpu.gateway.v1.ListFunctionsResponse\x12\x65\n\x0eUpdateFunction\x12(.hasgpu.gateway.v1.UpdateFunctionRequest\x1a).hasgpu.gateway.v1.UpdateFunctionResponse\x12\x65\n\x0e\x44\x65leteFunction\x12(.hasgpu.gateway.v1.DeleteFunctionRequest\x1a).hasgpu.gateway.v1.DeleteFunctionResponse\x12g\n\x0eWatchFunctions\x12(.hasgpu.gateway.v1.WatchFunctionsRequest\x1a).hasgpu.gateway.v1.WatchFunctionsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhasgpu/gateway/v1/gateway.proto\x12\x11hasgpu.gateway.v1\x1a\x1dhasgpu/common/v1/common.proto\"c\n\x15\x44\x65ployFunctionRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.hasgpu.gateway.v1.DeployHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"M\n\x0c\x44\x65ployHeader\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x0f\n\x07replace\x18\x02 \x01(\x08\"M\n\x16\x44\x65ployFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\xfd\x01\n\x0e\x46unctionStatus\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x17\n\x0fupdated_unix_ns\x18\x03 \x01(\x03\x12\x34\n\tinstances\x18\x04 \x03(\x0b\x32!.hasgpu.gateway.v1.InstanceStatus\x12\x33\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32!.hasgpu.gateway.v1.CapacityStatus\x12\x11\n\tcondition\x18\x06 \x01(\t\x12\x14\n\x0cqueued_count\x18\x07 \x01(\r\"\xbe\x02\n\x0eInstanceStatus\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03gpu\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\r\x12.\n\x05state\x18\x05 \x01(\x0e\x32\x1f.hasgpu.common.v1.InstanceState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x30\n\nallocation\x18\x07 \x01(\x0b\x32\x1c.hasgpu.common.v1.Allocation\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x08 \x01(\x04\x12\x15\n\rbatches_count\x18\t \x01(\x04\x12\x16\n\x0erestarts_count\x18\n \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x1b\n\x13\x61llocation_revision\x18\x0c \x01(\x04\x12\x0b\n\x03pid\x18\r \x01(\r\"w\n\x0e\x43\x61pacityStatus\x12\x14\n\x0c\x64\x65vice_model\x18\x01 \x01(\t\x12\r\n\x05\x62\x61sis\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x03\x12\x15\n\rbest_millirps\x18\x04 \x01(\x04\x12\x19\n\x11infeasible_reason\x18\x05 \x01(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x13GetFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\x16\n\x14ListFunctionsRequest\"M\n\x15ListFunctionsResponse\x12\x34\n\tfunctions\x18\x01 \x03(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"\xf8\x02\n\x15UpdateFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bif_revision\x18\x02 \x01(\x04\x12\x13\n\x06slo_ms\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0cslo_permille\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x17\n\ntimeout_ms\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tmax_batch\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1a\n\rmin_instances\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x1a\n\rmax_instances\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x14\n\x07standby\x18\t \x01(\rH\x06\x88\x01\x01\x12\x16\n\tmax_queue\x18\n \x01(\rH\x07\x88\x01\x01\x42\t\n\x07_slo_msB\x0f\n\r_slo_permilleB\r\n\x0b_timeout_msB\x0c\n\n_max_batchB\x10\n\x0e_min_instancesB\x10\n\x0e_max_instancesB\n\n\x08_standbyB\x0c\n\n_max_queue\"M\n\x16UpdateFunctionResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\"%\n\x15\x44\x65leteFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse\"%\n\x15WatchFunctionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"^\n\x16WatchFunctionsResponse\x12\x33\n\x08\x66unction\x18\x01 \x01(\x0b\x32!.hasgpu.gateway.v1.FunctionStatus\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\x32\xf3\x04\n\x0f\x46unctionService\x12g\n\x0e\x44\x65ployFunction\x12(.hasgpu.gateway.v1.DeployFunctionRequest\x1a).hasgpu.gateway.v1.DeployFunctionResponse(\x01\x12\\\n\x0bGetFunction\x12%.hasgpu.gateway.v1.GetFunctionRequest\x1a&.hasgpu.gateway.v1.GetFunctionResponse\x12\x62\n\rListFunctions\x12\'.hasgpu.gateway.v1.ListFunctionsRequest\x1a(.hasgpu.gateway.v1.ListFunctionsResponse\x12\x65\n\x0eUpdateFunction\x12(.hasgpu.gateway.v1.UpdateFunctionRequest\x1a).hasgpu.gateway.v1.UpdateFunctionResponse\x12\x65\n\x0e\x44\x65leteFunction\x12(.hasgpu.gateway.v1.DeleteFunctionRequest\x1a).hasgpu.gateway.v1.DeleteFunctionResponse\x12g\n\x0eWatchFunctions\x12(.hasgpu.gateway.v1.WatchFunctionsRequest\x1a).hasgpu.gateway.v1.WatchFunctionsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,29 +41,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FUNCTIONSTATUS']._serialized_start=345
   _globals['_FUNCTIONSTATUS']._serialized_end=598
   _globals['_INSTANCESTATUS']._serialized_start=601
-  _globals['_INSTANCESTATUS']._serialized_end=906
-  _globals['_CAPACITYSTATUS']._serialized_start=908
-  _globals['_CAPACITYSTATUS']._serialized_end=1027
-  _globals['_GETFUNCTIONREQUEST']._serialized_start=1029
-  _globals['_GETFUNCTIONREQUEST']._serialized_end=1063
-  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1065
-  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1139
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1141
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1163
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1165
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1242
-  _globals['_UPDATEFUNCTIONREQUEST']._serialized_start=1245
-  _globals['_UPDATEFUNCTIONREQUEST']._serialized_end=1621
-  _globals['_UPDATEFUNCTIONRESPONSE']._serialized_start=1623
-  _globals['_UPDATEFUNCTIONRESPONSE']._serialized_end=1700
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=1702
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=1739
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=1741
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=1765
-  _globals['_WATCHFUNCTIONSREQUEST']._serialized_start=1767
-  _globals['_WATCHFUNCTIONSREQUEST']._serialized_end=1804
-  _globals['_WATCHFUNCTIONSRESPONSE']._serialized_start=1806
-  _globals['_WATCHFUNCTIONSRESPONSE']._serialized_end=1900
-  _globals['_FUNCTIONSERVICE']._serialized_start=1903
-  _globals['_FUNCTIONSERVICE']._serialized_end=2530
+  _globals['_INSTANCESTATUS']._serialized_end=919
+  _globals['_CAPACITYSTATUS']._serialized_start=921
+  _globals['_CAPACITYSTATUS']._serialized_end=1040
+  _globals['_GETFUNCTIONREQUEST']._serialized_start=1042
+  _globals['_GETFUNCTIONREQUEST']._serialized_end=1076
+  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1078
+  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1152
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1154
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1176
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1178
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1255
+  _globals['_UPDATEFUNCTIONREQUEST']._serialized_start=1258
+  _globals['_UPDATEFUNCTIONREQUEST']._serialized_end=1634
+  _globals['_UPDATEFUNCTIONRESPONSE']._serialized_start=1636
+  _globals['_UPDATEFUNCTIONRESPONSE']._serialized_end=1713
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=1715
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=1752
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=1754
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=1778
+  _globals['_WATCHFUNCTIONSREQUEST']._serialized_start=1780
+  _globals['_WATCHFUNCTIONSREQUEST']._serialized_end=1817
+  _globals['_WATCHFUNCTIONSRESPONSE']._serialized_start=1819
+  _globals['_WATCHFUNCTIONSRESPONSE']._serialized_end=1913
+  _globals['_FUNCTIONSERVICE']._serialized_start=1916
+  _globals['_FUNCTIONSERVICE']._serialized_end=2543
 # @@protoc_insertion_point(module_scope)

@@ -146,6 +146,7 @@ class InstanceStatus(_message.Message):
     RESTARTS_COUNT_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     ALLOCATION_REVISION_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     node: _builtins.str
     gpu: _builtins.str
@@ -157,6 +158,7 @@ class InstanceStatus(_message.Message):
     restarts_count: _builtins.int
     address: _builtins.str
     allocation_revision: _builtins.int
+    pid: _builtins.int
     @_builtins.property
     def allocation(self) -> _common_pb2.Allocation: ...
     def __init__(
@@ -174,10 +176,11 @@ class InstanceStatus(_message.Message):
         restarts_count: _builtins.int = ...,
         address: _builtins.str = ...,
         allocation_revision: _builtins.int = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocation", b"allocation", "allocation_revision", b"allocation_revision", "batches_count", b"batches_count", "device_time_ns", b"device_time_ns", "gpu", b"gpu", "instance", b"instance", "node", b"node", "reason", b"reason", "restarts_count", b"restarts_count", "row", b"row", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocation", b"allocation", "allocation_revision", b"allocation_revision", "batches_count", b"batches_count", "device_time_ns", b"device_time_ns", "gpu", b"gpu", "instance", b"instance", "node", b"node", "pid", b"pid", "reason", b"reason", "restarts_count", b"restarts_count", "row", b"row", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
