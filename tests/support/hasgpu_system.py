@@ -90,10 +90,14 @@ class System:
 
     def pid(self, service: str) -> int:
         """The process id of a service as the supervisor knows it now."""
-        for entry in self.json("status")["services"]:
-            if entry["name"] == service:
-                return int(entry["pid"])
+        for unit in self.units():
+            if unit["name"] == service:
+                return int(unit["pid"])
         raise KeyError(service)
+
+    def units(self) -> list[dict[str, Any]]:
+        """What the supervisor runs: brokers and services."""
+        return list(self.json("status")["units"])
 
     def instances(self, function: str) -> list[dict[str, Any]]:
         return list(self.json("describe", function)["instances"])

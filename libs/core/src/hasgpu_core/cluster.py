@@ -26,6 +26,16 @@ class InstanceView:
     standby: bool = False
     reason: str = ""
     """Of a failure or a refusal."""
+    in_force_permille: int | None = None
+    """Request in force, as the agent reports it; None: not bound yet."""
+
+    @property
+    def refused_permille(self) -> int | None:
+        """The request in force while the agent refuses the larger one desired; None: it does not."""
+        in_force = self.in_force_permille
+        if self.state is not InstanceState.READY or not self.reason or in_force is None:
+            return None
+        return in_force if in_force < self.allocation.request_permille else None
 
 
 @dataclass(frozen=True, slots=True)

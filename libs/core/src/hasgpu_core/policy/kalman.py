@@ -15,6 +15,8 @@ START_VARIANCE = 1.0
 """P0 in rps² (HAS-GPU's released constant)."""
 GATE_SIGMAS = 3.0
 """A measurement further off than this many standard deviations is a step of the load, not noise."""
+TWICE_SIGMAS = 2.0
+"""So are two in a row, to the same side, that are further off than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,15 @@ class RateFilter:
     The model is a random walk measured directly (A = H = 1), with HAS-GPU's constants. Two things differ from its
     released code. There, `1·√P` is added to the state after every update and the state is clamped to the measurement
     plus 5 rps, so that the belief settles about 6 rps above any load and never comes down; here the belief is the
-    estimate. And a measurement outside GATE_SIGMAS standard deviations of what the filter expects replaces the belief
-    at once (innovation gating), so that a step, up or down, is followed within an update or two while noise is
-    smoothed.
+    estimate. And a measurement outside GATE_SIGMAS standard deviations of what the filter expects, or the second in a
+    row outside TWICE_SIGMAS, replaces the belief at once (innovation gating), so that a step, up or down, is followed
+    within an update or two while noise is smoothed.
     """
 
     rate_rps: float
     variance: float
+    leaning: int = 0
+    """The side (+1, -1) on which the last measurement was outside TWICE_SIGMAS; 0: it was inside."""
 
     @classmethod
     def start(cls, measured_rps: float) -> RateFilter:
@@ -46,7 +50,10 @@ class RateFilter:
         process = max(PROCESS_VARIANCE, (PROCESS_FRACTION * self.rate_rps) ** 2)
         expected_variance = self.variance + process
         innovation = measured_rps - self.rate_rps
-        if abs(innovation) > GATE_SIGMAS * math.sqrt(expected_variance + noise_variance):
+        sigmas = abs(innovation) / math.sqrt(expected_variance + noise_variance)
+        leaning = 0 if sigmas <= TWICE_SIGMAS else 1 if innovation > 0 else -1
+        if sigmas > GATE_SIGMAS or (leaning and leaning == self.leaning):
             return RateFilter(max(0.0, measured_rps), noise_variance)
         gain = expected_variance / (expected_variance + noise_variance)
-        return RateFilter(max(0.0, self.rate_rps + gain * innovation), (1.0 - gain) * expected_variance)
+        rate_rps = max(0.0, self.rate_rps + gain * innovation)
+        return RateFilter(rate_rps, (1.0 - gain) * expected_variance, leaning)

@@ -11,6 +11,9 @@ from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceS
 _SHARED_ROW, _USED_GPU, _EMPTY_GPU = range(3)
 """The order of preference."""
 
+_Key = tuple[int, int, str, str, int]
+"""(preference, what is free there, node, gpu, row)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -47,28 +50,45 @@ def place(allocation: Allocation, devices: Sequence[DeviceState]) -> Placement |
     gpu, row), so the answer is deterministic. Only devices that have the memory free and offer the SM share as a rung
     are looked at. A row without instances is as good as none.
     """
-    found: list[tuple[tuple[int, int, str, str, int], Placement]] = []
+    best: tuple[_Key, DeviceState] | None = None
     for device in devices:
         info = device.info
         if allocation.sm_pct not in info.sm_rungs_pct or allocation.memory_bytes > device.free_memory_bytes:
             continue
-        where = f"{info.node}/{info.gpu}"
-        rows = live_rows(device)
-        for row in rows:
+        free_sm_pct, rows = WHOLE_PCT, 0
+        for row in device.rows:
+            if row.used_permille <= 0:
+                continue
+            rows += 1
+            free_sm_pct -= row.sm_pct
             if row.sm_pct == allocation.sm_pct and row.free_permille >= allocation.request_permille:
-                reason = f"shares row {row.index} of {where} ({row.free_permille} ‰ free)"
                 key = (_SHARED_ROW, row.free_permille, info.node, info.gpu, row.index)
-                found.append((key, Placement(info.node, info.gpu, row.index, False, reason)))
-        free_sm_pct = WHOLE_PCT - sum(row.sm_pct for row in rows)
+                if best is None or key < best[0]:
+                    best = (key, device)
         if allocation.sm_pct <= free_sm_pct and allocation.request_permille <= WHOLE_PERMILLE:
-            index = _unused_index(rows)
-            state = f"which is in use ({free_sm_pct} % of its SMs free)" if rows else "which was empty"
-            key = (_USED_GPU if rows else _EMPTY_GPU, free_sm_pct, info.node, info.gpu, index)
-            reason = f"new row {index} on {where}, {state}"
-            found.append((key, Placement(info.node, info.gpu, index, True, reason)))
-    if found:
-        return min(found, key=lambda candidate: candidate[0])[1]
-    return NoRoom(_no_room(allocation, devices))
+            key = (_USED_GPU if rows else _EMPTY_GPU, free_sm_pct, info.node, info.gpu, -1)
+            if best is None or key < best[0]:
+                best = (key, device)
+    if best is None:
+        return NoRoom(_no_room(allocation, devices))
+    return _placement(*best)
+
+
+def most_permille(sm_pct: int, memory_bytes: int, devices: Iterable[DeviceState]) -> int:
+    """Returns the largest request that `place` has room for with an SM share and memory; 0: none."""
+    most = 0
+    for device in devices:
+        if sm_pct not in device.info.sm_rungs_pct or memory_bytes > device.free_memory_bytes:
+            continue
+        free_sm_pct = WHOLE_PCT
+        for row in device.rows:
+            if row.used_permille > 0:
+                free_sm_pct -= row.sm_pct
+                if row.sm_pct == sm_pct:
+                    most = max(most, row.free_permille)
+        if sm_pct <= free_sm_pct:
+            return WHOLE_PERMILLE
+    return most
 
 
 def occupy(devices: Sequence[DeviceState], placement: Placement, allocation: Allocation) -> tuple[DeviceState, ...]:
@@ -104,6 +124,16 @@ def live_rows(device: DeviceState) -> tuple[Row, ...]:
     return tuple(sorted((row for row in device.rows if row.used_permille > 0), key=lambda row: row.index))
 
 
+def _placement(key: _Key, device: DeviceState) -> Placement:
+    kind, free, node, gpu, row = key
+    where = f"{node}/{gpu}"
+    if kind == _SHARED_ROW:
+        return Placement(node, gpu, row, False, f"shares row {row} of {where} ({free} ‰ free)")
+    index = _unused_index(live_rows(device))
+    state = f"which is in use ({free} % of its SMs free)" if kind == _USED_GPU else "which was empty"
+    return Placement(node, gpu, index, True, f"new row {index} on {where}, {state}")
+
+
 def _with_request(device: DeviceState, index: int, allocation: Allocation) -> DeviceState:
     rows = {row.index: row for row in live_rows(device)}
     row = rows.get(index) or Row(index, allocation.sm_pct, 0)
@@ -129,7 +159,7 @@ def _no_room(allocation: Allocation, devices: Sequence[DeviceState]) -> str:
         rungs = sorted({rung for device in devices for rung in device.info.sm_rungs_pct})
         return f"no device gives SM {allocation.sm_pct} %: they offer {', '.join(map(str, rungs))} %"
     free = []
-    for device in devices:
+    for device in sorted(devices, key=lambda d: (d.info.node, d.info.gpu)):
         rows = live_rows(device)
         shares = [f"SM {WHOLE_PCT - sum(row.sm_pct for row in rows)} %", f"{device.free_memory_bytes >> 20} MiB"]
         shares += [f"row {row.index} (SM {row.sm_pct} %): {row.free_permille} ‰" for row in rows]

@@ -1,0 +1,116 @@
+"""`hasgpu up`, `down` and `status`."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from typing import Any
+
+import click
+
+from hasgpu_cli import up
+from hasgpu_cli.client import Target
+from hasgpu_cli.home import Home, RunRecord
+from hasgpu_cli.options import json_option, make_console, print_json, run, target_options
+
+
+@click.command("up")
+@click.option("--nodes", default=1, show_default=True, help="Node agents to start.")
+@click.option("--devices", default="cpu", show_default=True, help="Devices of each node, as `cpu` or `cpu:cores=2`.")
+@click.option("--port", default=0, help="Port of the gateway [8001, or a free one when that is taken].")
+@click.option("--nats-url", default="", metavar="URL", help="Use this NATS (JetStream on) instead of starting one.")
+@click.option("--redis-url", default="", metavar="URL", help="Use this Redis instead of starting one.")
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
+@click.option("--timeout", "within_s", default=up.READY_WITHIN_S, show_default=True, help="Seconds to get ready in.")
+@click.option("--foreground", is_flag=True, help="Stay, and stop everything on Ctrl-C.")
+@json_option
+@target_options()
+def up_command(target: Target, within_s: float, foreground: bool, as_json: bool, **options: Any) -> None:
+    """Start the system: brokers, services and node agents, supervised.
+
+    What dies is started again on the same port. `hasgpu down` stops it all.
+    """
+    home = target.home
+    if (record := up.running(home)) is not None:
+        _print_endpoints(home, record, as_json, already=True)
+        return
+    supervisor = up.start(home, up.stack_from_options(**options), foreground=foreground)
+    try:
+        record = _wait(home, supervisor, within_s, quiet=as_json)
+    except (up.StartError, KeyboardInterrupt):
+        up.stop(home)
+        supervisor.wait()
+        raise
+    _print_endpoints(home, record, as_json)
+    if foreground:
+        _stay(supervisor)
+
+
+def _wait(home: Home, supervisor: subprocess.Popen[bytes], within_s: float, *, quiet: bool) -> RunRecord:
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet)
+    began_s = time.monotonic()
+    with console.status("starting") as spinner:
+
+        def progress(missing: dict[str, str]) -> None:
+            waiting = ", ".join(f"{name} ({why})" for name, why in missing.items())
+            spinner.update(f"starting, {time.monotonic() - began_s:.0f} s: waiting for {waiting or 'nothing'}")
+
+        return run(up.wait_until_ready(home, supervisor, within_s=within_s, on_progress=progress))
+
+
+def _print_endpoints(home: Home, record: RunRecord, as_json: bool, *, already: bool = False) -> None:
+    points = up.endpoints(record)
+    if as_json:
+        print_json({"home": str(home.path), "already": already, "endpoints": points})
+        return
+    click.echo(f"hasgpu is {'already ' if already else ''}up in {home.path}")
+    for name, address in points.items():
+        click.echo(f"  {name:<8} {address}")
+    click.echo("next: `hasgpu deploy examples/minilm/function.yaml`, `hasgpu status`, `hasgpu down`")
+
+
+def _stay(supervisor: subprocess.Popen[bytes]) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        supervisor.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    while supervisor.poll() is None:
+        try:
+            supervisor.wait()
+        except KeyboardInterrupt:
+            click.echo("stopping", err=True)
+            supervisor.send_signal(signal.SIGTERM)
+
+
+@click.command("down")
+@json_option
+@target_options()
+def down_command(target: Target, as_json: bool) -> None:
+    """Stop everything that `up` started, workers included. Functions stay known for the next `up`."""
+    was_up = target.home.run_file.exists()
+    ended = up.stop(target.home)
+    if as_json:
+        print_json({"home": str(target.home.path), "was_up": was_up, "ended_by_force_or_late": ended})
+    elif was_up or ended:
+        click.echo(f"stopped; the logs stay in {target.home.logs}")
+    else:
+        click.echo(f"nothing ran in {target.home.path}")
+
+
+@click.command("status")
+@json_option
+@target_options("gateway", "scaler", "scheduler")
+def status_command(target: Target, as_json: bool) -> None:
+    """Show brokers, services, nodes, devices and functions. Exit status 1 when the system is not up."""
+    from hasgpu_cli.status import gather_status, render_status
+
+    status = run(gather_status(target))
+    if as_json:
+        print_json(status)
+    else:
+        make_console().print(render_status(status))
+    if not status["up"] and not target.overrides:
+        raise SystemExit(1)

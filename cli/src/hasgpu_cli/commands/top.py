@@ -1,0 +1,121 @@
+"""`hasgpu top`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+from hasgpu_core.errors import HasgpuError
+
+from hasgpu_cli.client import Target
+from hasgpu_cli.commands.functions import device_share
+from hasgpu_cli.options import json_option, print_json, run, target_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BAR_CELLS = 20
+
+
+@click.command("top")
+@click.option("--period", "period_s", default=1.0, show_default=True, type=click.FloatRange(min=0.1))
+@click.option("--count", type=click.IntRange(min=1), help="End after so many tables [only on Ctrl-C].")
+@json_option
+@target_options("gateway", "scaler")
+def top_command(target: Target, period_s: float, count: int | None, as_json: bool) -> None:
+    """Watch functions, shares and load live; --json prints one snapshot."""
+    if as_json:
+        print_json(run(snapshot(target)))
+        return
+    try:
+        run(_watch(target, period_s, count))
+    except KeyboardInterrupt:
+        return
+
+
+async def snapshot(target: Target) -> list[dict[str, Any]]:
+    """One row a function: its status and the newest decision."""
+    from hasgpu_cli.commands.scaling import explain
+    from hasgpu_cli.status import fetch_functions
+
+    found = await fetch_functions(target)
+    rows = []
+    for function in found:
+        name = function["spec"]["name"]
+        try:
+            newest = await explain(target, name, limit=1, include_idle=True)
+        except HasgpuError:
+            newest = []  # the scaler is away or does not know the function yet; its columns stay empty
+        rows.append({"name": name, "function": function, "decision": newest[0] if newest else None})
+    return rows
+
+
+async def _watch(target: Target, period_s: float, count: int | None) -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    before: dict[str, tuple[float, int]] = {}
+    shown = 0
+    with Live(Text("asking"), auto_refresh=False) as live:
+        async with target.session():
+            while count is None or shown < count:
+                try:
+                    rows = await snapshot(target)
+                    live.update(_table(rows, _busy(rows, before)), refresh=True)
+                except HasgpuError as error:
+                    live.update(Text(str(error), style="red"), refresh=True)
+                shown += 1
+                await asyncio.sleep(period_s)
+
+
+def _busy(rows: list[dict[str, Any]], before: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Device time used per second by each instance, from two readings of its counter."""
+    now_s = time.monotonic()
+    busy = {}
+    for row in rows:
+        for instance in row["function"]["instances"]:
+            used_ns = instance["device_time_ns"]
+            then_s, then_ns = before.get(instance["instance"], (now_s, used_ns))
+            if now_s > then_s and used_ns >= then_ns:
+                busy[instance["instance"]] = (used_ns - then_ns) / 1e9 / (now_s - then_s)
+            before[instance["instance"]] = (now_s, used_ns)
+    return busy
+
+
+def _table(rows: list[dict[str, Any]], busy: dict[str, float]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("function", "state", "share of a device", "req/s", "capacity", "queue", "p95 / SLO ms", "last reason")
+    details = Table("instance", "state", "where", "SM", "time", "up to", "busy", "batches", box=None)
+    for row in rows:
+        function, decision = row["function"], row["decision"]
+        share = device_share(function)
+        cells = min(BAR_CELLS, round(share * BAR_CELLS))
+        table.add_row(
+            row["name"],
+            Text(function["condition"]),
+            f"{'█' * cells}{'░' * (BAR_CELLS - cells)} {100 * share:3.0f} %",
+            f"{decision['observed_rps']:.1f}" if decision else "-",
+            f"{decision['capacity_rps']:.1f}" if decision else "-",
+            str(function["queued_count"]),
+            f"{(decision and decision['p95_ms']) or '-'} / {function['spec']['slo_ms']}",
+            Text(decision["reason"] if decision else "", overflow="ellipsis", no_wrap=True),
+        )
+        for instance in function["instances"]:
+            allocation = instance["allocation"] or {"sm_pct": 0, "request_permille": 0, "limit_permille": 0}
+            used = busy.get(instance["instance"])
+            details.add_row(
+                instance["instance"],
+                instance["state"],
+                f"{instance['node']}/{instance['gpu']} row {instance['row']}",
+                f"{allocation['sm_pct']} %",
+                f"{allocation['request_permille'] / 10:g} %",
+                f"{allocation['limit_permille'] / 10:g} %",
+                "-" if used is None else f"{100 * used:.0f} %",
+                str(instance["batches_count"]),
+            )
+    return Group(table, details)

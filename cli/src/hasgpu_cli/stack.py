@@ -1,0 +1,131 @@
+"""What a system consists of: which processes, with which environment, on which ports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hasgpu_core.errors import InvalidError, UnavailableError
+
+from hasgpu_cli.home import Home, write_json
+from hasgpu_cli.ports import free_port, is_free
+from hasgpu_cli.supervisor import CommandUnit, Unit
+
+DEFAULT_GATEWAY_PORT = 8001
+HOST = "127.0.0.1"
+MODULES: Mapping[str, str] = {
+    "scheduler": "hasgpu_scheduler",
+    "rapp": "hasgpu_rapp",
+    "scaler": "hasgpu_scaler",
+    "gateway": "hasgpu_gateway",
+}
+BROKER_RANK = 0
+SERVICE_RANK = 1
+LARGEST_NODES_COUNT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """How a system is started; kept in stack.json so that ports stay the same from one `up` to the next."""
+
+    nodes_count: int = 1
+    devices: str = "cpu"
+    nats_url: str = ""
+    """Of an external NATS; empty: one is started."""
+    redis_url: str = ""
+    gateway_port: int = 0
+    log_level: str = "info"
+    ports: Mapping[str, int] = field(default_factory=dict)
+    """By unit."""
+
+    def validate(self) -> None:
+        """Raises InvalidError, naming the option, the bound and what came."""
+        if not 1 <= self.nodes_count <= LARGEST_NODES_COUNT:
+            raise InvalidError("--nodes", expected=f"1..{LARGEST_NODES_COUNT}", got=str(self.nodes_count))
+        if not 0 <= self.gateway_port <= 65_535:
+            raise InvalidError("--port", expected="1..65535", got=str(self.gateway_port))
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """All processes, brokers first."""
+        brokers = [name for name, url in (("nats", self.nats_url), ("redis", self.redis_url)) if not url]
+        return (*brokers, *MODULES, *(node_unit(index) for index in range(self.nodes_count)))
+
+
+def node_unit(index: int) -> str:
+    """The unit of a node's agent; the node itself is called `node<index>`."""
+    return f"node-agent-{index}"
+
+
+def read_stack(home: Home) -> Stack:
+    """Returns the stack of the last `up`, or a default one; a file that is not readable counts as none."""
+    try:
+        raw: dict[str, Any] = json.loads(home.stack_file.read_text(encoding="utf-8"))
+        return Stack(**raw)
+    except (OSError, ValueError, TypeError):
+        return Stack()
+
+
+def write_stack(home: Home, stack: Stack) -> None:
+    """Writes stack.json atomically."""
+    write_json(home.stack_file, asdict(stack))
+
+
+def assign_ports(stack: Stack, *, before: Mapping[str, int]) -> Stack:
+    """Gives every unit a port: the one it had before if that is free, else a new one.
+
+    The gateway gets `gateway_port` when that is set, else 8001 when it is free, else any.
+
+    Raises:
+        UnavailableError: The port asked for is taken, or no port is free.
+    """
+    ports: dict[str, int] = {}
+    for name in stack.unit_names:
+        if name == "gateway":
+            if stack.gateway_port and not is_free(stack.gateway_port):
+                raise UnavailableError(f"port {stack.gateway_port} is taken; choose another with --port")
+            wanted = stack.gateway_port or DEFAULT_GATEWAY_PORT
+        else:
+            wanted = before.get(name, 0)
+        free = wanted and wanted not in ports.values() and is_free(wanted)
+        ports[name] = wanted if free else free_port(set(ports.values()))
+    return replace(stack, ports=ports)
+
+
+def service_units(home: Home, stack: Stack, *, nats_url: str, redis_url: str) -> Sequence[Unit]:
+    """Builds the five services as processes of this Python."""
+    common = {
+        "HASGPU_HOME": str(home.path),
+        "HASGPU_NATS_URL": nats_url,
+        "HASGPU_REDIS_URL": redis_url,
+        "HASGPU_STATE_DIR": str(home.state),
+        "HASGPU_LOG_LEVEL": stack.log_level,
+    }
+    units = [_service(home, name, module, stack.ports[name], common) for name, module in MODULES.items()]
+    for index in range(stack.nodes_count):
+        name = node_unit(index)
+        node = {"HASGPU_NODE": f"node{index}", "HASGPU_DEVICES": stack.devices}
+        units.append(_service(home, name, "hasgpu_node_agent", stack.ports[name], common | node))
+    return units
+
+
+def _service(home: Home, name: str, module: str, port: int, env: Mapping[str, str]) -> CommandUnit:
+    address = f"{HOST}:{port}"
+    return CommandUnit(
+        name=name,
+        kind="service",
+        address=address,
+        log=log_path(home, name),
+        argv=(sys.executable, "-m", module),
+        env={**env, "HASGPU_LISTEN": address},
+        rank=SERVICE_RANK,
+    )
+
+
+def log_path(home: Home, unit: str) -> Path:
+    """Where a unit logs to."""
+    return home.logs / f"{unit}.log"

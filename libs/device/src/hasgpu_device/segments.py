@@ -1,0 +1,214 @@
+"""Runs a model's work as segments: pass the gate, run, be charged the device time measured.
+
+The executor thread calls `run`; a model's layers call `boundary` in between (see `hasgpu_device.cutting`). A segment
+that has used 5 ms of device time ends at the next boundary, so one instance never holds the device much longer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from hasgpu_device.backends import DeviceBackend
+from hasgpu_device.control import ControlBlock, Shares
+from hasgpu_device.gate import GateMember, Grant
+
+SEGMENT_NS = 5_000_000
+MAX_RECORDED_SEGMENTS = 256
+"""Segments of one batch that are recorded singly; the sums count all."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """One segment, for traces. It began waiting at the end of the one before."""
+
+    start_unix_ns: int
+    end_unix_ns: int
+    wait_ns: int
+    device_ns: int
+    borrowed: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """What running one batch took."""
+
+    start_unix_ns: int
+    """When it began to wait for the device."""
+    sm_pct: int = 100
+    """In force at its first segment, as is the request."""
+    request_permille: int = 0
+    end_unix_ns: int = 0
+    gate_wait_ns: int = 0
+    execute_ns: int = 0
+    """From the first pass of the gate to the end, less later waits at the gate."""
+    device_ns: int = 0
+    segments_count: int = 0
+    longest_segment_ns: int = 0
+    segments: list[SegmentRecord] = field(default_factory=list)
+
+
+class SegmentRunner:
+    """The executor thread's way to the device.
+
+    Args:
+        backend: The device.
+        member: This instance's slot at its row's gate.
+        control: The instance's control block: shares are read there, counters written.
+        segment_ns: Device time after which a segment ends at the next boundary.
+
+    Attributes:
+        lingers: The last batch said that another would follow at once, and none has begun; `run` or `withdraw` is due.
+    """
+
+    def __init__(
+        self, backend: DeviceBackend, member: GateMember, control: ControlBlock, *, segment_ns: int = SEGMENT_NS
+    ) -> None:
+        self.backend = backend
+        self._member = member
+        self._control = control
+        self._segment_ns = segment_ns
+        self._thread_id = -1
+        self._run: Run | None = None
+        self._grant = Grant(0, False)
+        self._segment_start_unix_ns = 0
+        self._held_since_ns = 0
+        self._held_before_ns = 0
+        self._applied: Shares | None = None
+        self._used_ns = self._borrowed_ns = self._segments_count = self._gate_wait_ns = self._longest_ns = 0
+        self._batches_count = 0
+        self.lingers = False
+        member.refresh = control.read_shares
+
+    def poll(self) -> None:
+        """Puts changed shares into force while no batch runs; called by the executor thread every few milliseconds."""
+        self._member.poll()
+        self._apply()
+
+    def held_ns(self) -> int:
+        """Returns for how long the running batch has held the device, 0 when none runs; for any thread."""
+        since_ns = self._held_since_ns
+        running_ns = time.monotonic_ns() - since_ns if since_ns else 0
+        return self._held_before_ns + running_ns
+
+    def run(
+        self,
+        work: Callable[[], T],
+        *,
+        deadline_ns: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        background: bool = False,
+        linger: Callable[[], bool] | None = None,
+    ) -> tuple[T, Run]:
+        """Runs a batch.
+
+        Args:
+            work: Runs the model; its layers call `boundary`.
+            deadline_ns: Monotonic time by which the first segment must have begun.
+            cancelled: Looked at while the batch waits for its first segment.
+            background: As in `GateMember.acquire`.
+            linger: Asked at the end: whether the next batch is at hand.
+
+        Raises:
+            GateTimeoutError: The deadline passed or the batch was cancelled before its first segment.
+        """
+        run = Run(time.time_ns())
+        self._thread_id = threading.get_ident()
+        self._held_before_ns = 0
+        self.lingers = False
+        grant = self._member.acquire(deadline_ns=deadline_ns, cancelled=cancelled, background=background)
+        self._run = run
+        self._begin(grant)
+        run.sm_pct, run.request_permille = self._member.shares.sm_pct, self._member.shares.request_permille
+        try:
+            result = work()
+        finally:
+            device_ns = self._end(run)
+            self._run = None
+            self.lingers = linger is not None and linger()
+            self._member.release(device_ns, linger=self.lingers)
+            self._held_before_ns = 0
+            run.end_unix_ns = time.time_ns()
+            # The host's clock may have been set back meanwhile.
+            run.execute_ns = max(0, run.end_unix_ns - run.start_unix_ns - run.gate_wait_ns)
+            if not background:
+                self._batches_count += 1
+            self._publish()
+        return result, run
+
+    def withdraw(self) -> None:
+        """Takes back a `linger` that no batch followed."""
+        self.lingers = False
+        self._member.withdraw()
+
+    def boundary(self) -> None:
+        """A place where a batch may be interrupted: ends the segment when it has run its time.
+
+        Nothing happens outside `run` and in threads other than the executor's.
+        """
+        run = self._run
+        if run is None or threading.get_ident() != self._thread_id:
+            return
+        if self.backend.running_ns() < self._segment_ns:
+            return
+        device_ns = self._end(run)
+        grant = self._member.renew(device_ns)
+        self._publish()
+        self._begin(grant)
+
+    def _begin(self, grant: Grant) -> None:
+        run = self._run
+        assert run is not None
+        self._grant = grant
+        run.gate_wait_ns += grant.wait_ns
+        self._gate_wait_ns += grant.wait_ns
+        self._apply()
+        self._segment_start_unix_ns = time.time_ns()
+        self._held_since_ns = time.monotonic_ns()
+        self.backend.start_segment()
+
+    def _end(self, run: Run) -> int:
+        device_ns = self.backend.stop_segment()
+        self._held_before_ns += time.monotonic_ns() - self._held_since_ns
+        self._held_since_ns = 0
+        run.device_ns += device_ns
+        run.segments_count += 1
+        run.longest_segment_ns = max(run.longest_segment_ns, device_ns)
+        if len(run.segments) < MAX_RECORDED_SEGMENTS:
+            run.segments.append(
+                SegmentRecord(
+                    self._segment_start_unix_ns, time.time_ns(), self._grant.wait_ns, device_ns, self._grant.borrowed
+                )
+            )
+        self._used_ns += device_ns
+        self._borrowed_ns += device_ns if self._grant.borrowed else 0
+        self._segments_count += 1
+        self._longest_ns = max(self._longest_ns, device_ns)
+        return device_ns
+
+    def _apply(self) -> None:
+        """Gives the next segment the SM share in force and acknowledges the epoch."""
+        shares = self._member.shares
+        if shares is self._applied:
+            return
+        if self._applied is None or shares.sm_pct != self._applied.sm_pct:
+            self.backend.apply_sm(shares.sm_pct)
+        self._applied = shares
+        self._publish()
+
+    def _publish(self) -> None:
+        self._control.update_counters(
+            applied_epoch=self._applied.epoch if self._applied else 0,
+            used_ns=self._used_ns,
+            borrowed_ns=self._borrowed_ns,
+            debt_ns=self._member.debt_ns,
+            batches_count=self._batches_count,
+            segments_count=self._segments_count,
+            longest_segment_ns=self._longest_ns,
+            gate_wait_ns=self._gate_wait_ns,
+        )

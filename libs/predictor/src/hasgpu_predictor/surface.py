@@ -1,0 +1,152 @@
+"""A function's predictions on a grid, monotone by construction, and between its places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from hasgpu_core.errors import InvalidError
+from numpy.typing import ArrayLike
+
+from hasgpu_predictor.physical import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """A grid; each axis ascending and without repeats."""
+
+    batches: tuple[int, ...]
+    sm_pcts: tuple[int, ...]
+    quotas_permille: tuple[int, ...]
+
+    def validate(self) -> None:
+        """Raises InvalidError, naming the axis, the bound and what came."""
+        for name, values, high in (
+            ("batches", self.batches, 4_096),
+            ("sm_pcts", self.sm_pcts, 100),
+            ("quotas_permille", self.quotas_permille, 1_000),
+        ):
+            if not values:
+                raise InvalidError(name, expected="at least one", got="none")
+            if values[0] < 1 or values[-1] > high:
+                raise InvalidError(name, expected=f"1..{high}", got=f"{values[0]}..{values[-1]}")
+            if any(a >= b for a, b in pairwise(values)):
+                raise InvalidError(name, expected="ascending values without repeats", got=str(list(values)))
+
+    def configurations(self) -> Array:
+        """Returns all places, batch-major, shape (n, 3)."""
+        grids = np.meshgrid(
+            np.array(self.batches, float),
+            np.array(self.sm_pcts, float),
+            np.array(self.quotas_permille, float),
+            indexing="ij",
+        )
+        return np.stack([grid.ravel() for grid in grids], axis=1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Lengths of the axes."""
+        return len(self.batches), len(self.sm_pcts), len(self.quotas_permille)
+
+
+def batch_axis(max_batch: int, also: Iterable[int] = ()) -> tuple[int, ...]:
+    """Returns 1, 2, 4, ... and `max_batch`, with those of `also` that are in range."""
+    powers = {1 << k for k in range(max_batch.bit_length())}
+    return tuple(sorted(b for b in powers | {max_batch, *also} if 1 <= b <= max_batch))
+
+
+def canonical_axes(max_batch: int, *, batches: Iterable[int] = (), sm_pcts: Iterable[int] = ()) -> Axes:
+    """Returns the grid that a function's surface is computed on, whatever is asked of it later.
+
+    SM shares of 1 and 5 to 100 by 5 and those of `sm_pcts` (a device's rungs, measured ones), quotas of 1, 10, and 50
+    to 1000 by 50 per mille.
+    """
+    return Axes(
+        batch_axis(max_batch, batches),
+        tuple(sorted({1, *range(5, 101, 5), *sm_pcts})),
+        (1, 10, *range(50, 1001, 50)),
+    )
+
+
+def monotone(values: Array) -> Array:
+    """Returns a surface near `values` that never falls with the batch and never rises with SM share or quota.
+
+    Each axis in turn is replaced by its isotonic regression (least squares). Isotonic regression keeps order between
+    lines (if one line is nowhere above another, nor is its regression), so a later axis does not undo an earlier one;
+    what is monotone already stays as it is. Shape (batch, SM, quota).
+
+    Source: pool-adjacent-violators in its max-min form, Robertson, Wright, Dykstra (1988), theorem 1.4.4.
+    """
+    for axis, sign in ((0, 1.0), (1, -1.0), (2, -1.0)):
+        lines = np.moveaxis(sign * values, axis, -1)
+        values = np.moveaxis(sign * _isotonic(lines), -1, axis)
+    # Equal in exact arithmetic; rounding of the means may leave steps of 1e-16.
+    values = np.maximum.accumulate(values, axis=0)
+    values = np.minimum.accumulate(values, axis=1)
+    return np.asarray(np.minimum.accumulate(values, axis=2))
+
+
+def _isotonic(lines: Array) -> Array:
+    """Isotonic regressions (non-decreasing) along the last axis: max over starts of min over ends of the mean."""
+    count = lines.shape[-1]
+    sums = np.concatenate([np.zeros((*lines.shape[:-1], 1)), np.cumsum(lines, axis=-1)], axis=-1)
+    starts, ends = np.arange(count)[:, None], np.arange(count)[None, :]
+    lengths = np.where(ends >= starts, ends - starts + 1, 1)
+    means = np.where(ends >= starts, (sums[..., None, 1:] - sums[..., :-1, None]) / lengths, np.inf)
+    least = np.flip(np.minimum.accumulate(np.flip(means, -1), axis=-1), -1)
+    least = np.where(ends >= starts, least, -np.inf)
+    return np.asarray(np.maximum.accumulate(least, axis=-2)[..., np.arange(count), np.arange(count)])
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """Predicted latency of every configuration of a grid, and of those between by interpolation."""
+
+    axes: Axes
+    latency_s: Array
+    """Shape of the axes: batch, SM, quota. Mean of back-to-back batches, gate wait included."""
+    basis: str
+    """"profiled" or "static"."""
+
+    def scaled(self, factor: float) -> Surface:
+        """Returns the surface with every latency times `factor`."""
+        return self if factor == 1.0 else replace(self, latency_s=self.latency_s * factor)
+
+    def at(self, batch: ArrayLike, sm_pct: ArrayLike, quota_permille: ArrayLike) -> Array:
+        """Returns latencies in seconds for arrays of equal shape, or for a grid by broadcasting.
+
+        Linear in the logarithms between places, so that monotone stays monotone. A configuration outside of the grid
+        takes the edge's value; a larger batch grows in proportion.
+        """
+        batch = np.asarray(batch, float)
+        b, s, q = np.broadcast_arrays(batch, np.asarray(sm_pct, float), np.asarray(quota_permille, float))
+        logs = np.log(self.latency_s)
+        total = np.zeros(b.shape)
+        corners = [
+            _between(axis, x)
+            for axis, x in zip(
+                (self.axes.batches, self.axes.sm_pcts, self.axes.quotas_permille), (b, s, q), strict=True
+            )
+        ]
+        for db in (0, 1):
+            for ds in (0, 1):
+                for dq in (0, 1):
+                    weight = np.ones(b.shape)
+                    index = []
+                    for (low, high, part), side in zip(corners, (db, ds, dq), strict=True):
+                        weight = weight * (part if side else 1.0 - part)
+                        index.append(high if side else low)
+                    total += weight * logs[index[0], index[1], index[2]]
+        return np.asarray(np.exp(total) * np.maximum(1.0, b / self.axes.batches[-1]))
+
+
+def _between(axis: tuple[int, ...], x: Array) -> tuple[np.ndarray, np.ndarray, Array]:
+    """Indices below and above, and the part of the way between them, in logarithms."""
+    grid = np.log(np.array(axis, float))
+    place = np.clip(np.log(x), grid[0], grid[-1])
+    low = np.clip(np.searchsorted(grid, place, side="right") - 1, 0, len(grid) - 1)
+    high = np.minimum(low + 1, len(grid) - 1)
+    width = np.where(high > low, grid[high] - grid[low], 1.0)
+    return low, high, (place - grid[low]) / width

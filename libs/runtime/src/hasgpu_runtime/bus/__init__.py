@@ -1,0 +1,1 @@
+"""The bus ports, on NATS and in memory."""

@@ -1,0 +1,117 @@
+"""What is simulated, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hasgpu_core.capacity import CapacityTable
+from hasgpu_core.events import DesiredInstance
+from hasgpu_core.function import FunctionSpec
+from hasgpu_core.policy.scaling import ActionKind, Decision
+from hasgpu_core.resources import DeviceInfo
+
+from hasgpu_sim.arrivals import Process, RateStep
+from hasgpu_sim.recording import RecordedLoad
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionLoad:
+    """One function, what its device models make of it, and what is asked of it."""
+
+    spec: FunctionSpec
+    tables: tuple[CapacityTable, ...]
+    """Both what the policy is told and what the simulated devices do."""
+    steps: tuple[RateStep, ...]
+    process: Process = Process.EVEN
+    desired: tuple[DesiredInstance, ...] = ()
+    """Instances wanted at the start."""
+    held: bool = False
+    """The policy leaves it at that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things take in the simulated system."""
+
+    tick_s: float = 0.25
+    """Between two decisions."""
+    demand_period_s: float = 0.25
+    """Between two reports of the gateway."""
+    telemetry_period_s: float = 1.0
+    """Between two heartbeats."""
+    bind_s: float = 0.05
+    """From a decision to the plan."""
+    cold_start_s: float = 4.0
+    """From the plan to READY."""
+    resize_s: float = 0.02
+    """From a decision to the quota in force."""
+    window_s: float = 5.0
+    """Over which the gateway takes its percentiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """All that a simulation depends on: equal scenarios give equal results."""
+
+    devices: tuple[DeviceInfo, ...]
+    functions: tuple[FunctionLoad, ...]
+    duration_s: float
+    seed: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionResult:
+    """What came of one function's requests."""
+
+    requests_count: int
+    refused_count: int
+    expired_count: int
+    unanswered_count: int
+    """Still waiting or running at the end."""
+    latencies_s: Sequence[float]
+    """Of the answered, ascending."""
+    waits_s: Sequence[float]
+    """From arrival to the start of execution, of the answered, ascending."""
+    slo_s: float
+    gpu_seconds: float
+    """Integral of SM share times request over its instances, from binding to the end of each."""
+    actions: Mapping[ActionKind, int]
+
+    @property
+    def attainment(self) -> float:
+        """Part of all requests that was answered inside the SLO; 1.0 when there was none."""
+        met = sum(latency <= self.slo_s for latency in self.latencies_s)
+        return met / self.requests_count if self.requests_count else 1.0
+
+    def percentile_s(self, pct: float) -> float | None:
+        """Returns a latency percentile by nearest rank; None when nothing was answered."""
+        if not self.latencies_s:
+            return None
+        rank = max(1, math.ceil(pct / 100 * len(self.latencies_s)))
+        return self.latencies_s[rank - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareSample:
+    """The shares in force at one tick."""
+
+    at_s: float
+    function: str
+    instance: str
+    sm_pct: int
+    request_permille: int
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """What a simulation gives."""
+
+    functions: Mapping[str, FunctionResult]
+    decisions: Sequence[tuple[float, Decision]]
+    """Those with actions, with their time."""
+    shares: Sequence[ShareSample]
+    recording: RecordedLoad

@@ -1,0 +1,1 @@
+"""What the gateway alone touches of the world: the workers' streams."""

@@ -1,0 +1,1 @@
+"""What touches the world: processes and their folders, workers' services, the bus, unpacked artifacts."""

@@ -1,0 +1,142 @@
+"""Puts a node agent together: devices, folders, the agent and its gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+
+from hasgpu.node_agent.v1 import node_agent_pb2_grpc
+from hasgpu_core.ports import Bus, Clock, ObjectStore
+from hasgpu_runtime.rpc import create_server
+from hasgpu_runtime.service import Service
+from hasgpu_runtime.tasks import end_task
+from hasgpu_runtime.telemetry import Telemetry
+
+from hasgpu_node_agent.adapters.artifacts import ArtifactCache
+from hasgpu_node_agent.adapters.folders import NodeFolders
+from hasgpu_node_agent.adapters.launcher import ProcessLauncher
+from hasgpu_node_agent.adapters.workers import GrpcWorkerClient
+from hasgpu_node_agent.agent import NodeAgent
+from hasgpu_node_agent.devices import probe_devices
+from hasgpu_node_agent.row_guard import RowGuard
+from hasgpu_node_agent.server import NodeAgentServicer
+from hasgpu_node_agent.settings import AgentSettings
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """A node: its agent and the agent's service. Make it inside the event loop.
+
+    Args:
+        settings: Of the agent.
+        listen: host:port of its service; port 0: a free one.
+        advertise: What others dial, host:port or host alone; "": the address listened on.
+        bus: Events.
+        store: Artifacts.
+        clock: Time.
+        telemetry: Spans.
+        spawn: Starts work in the background that outlasts a call.
+
+    Raises:
+        UnavailableError: the address is taken.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        *,
+        listen: str,
+        advertise: str,
+        bus: Bus,
+        store: ObjectStore,
+        clock: Clock,
+        telemetry: Telemetry,
+        spawn: Callable[[Coroutine[object, object, None]], object],
+    ) -> None:
+        self.settings = settings
+        self._folders = NodeFolders(settings.state_dir / settings.node)
+        devices = probe_devices(settings.node, settings.devices)
+        for device in devices:
+            log.info("%s is %s: %s", device.info.gpu, device.info.model, "; ".join(device.info.capabilities))
+        self.server = create_server(address=listen, telemetry=telemetry)
+        listen_host, _, port = self.server.address.rpartition(":")
+        host, _, advertised_port = advertise.rpartition(":")
+        self.address = advertise if host and advertised_port != "0" else f"{host or advertise or listen_host}:{port}"
+        self._client = GrpcWorkerClient(telemetry)
+        guard = RowGuard([device.info for device in devices])
+        launcher = ProcessLauncher(
+            self._folders,
+            {device.info.gpu: device.cores for device in devices},
+            listen_host=listen_host,
+            advertise_host=self.address.rpartition(":")[0],
+        )
+        self.agent = NodeAgent(
+            node=settings.node,
+            address=self.address,
+            bus=bus,
+            clock=clock,
+            telemetry=telemetry,
+            guard=guard,
+            launcher=launcher,
+            artifacts=ArtifactCache(store, self._folders.artifacts),
+            client=self._client,
+            spawn=spawn,
+        )
+        servicer = NodeAgentServicer(
+            status=self.agent,
+            profiler=self.agent.profiler,
+            set_draining=self.agent.set_draining,
+            telemetry=telemetry,
+        )
+        node_agent_pb2_grpc.add_NodeAgentServiceServicer_to_server(servicer, self.server)
+
+    async def stop(self) -> None:
+        """Ends the node's workers in an orderly way, if that is wanted; while `run` runs."""
+        await self.server.set_serving(False)
+        if self.settings.stop_workers_on_exit:
+            await self.agent.stop_workers()
+
+    async def close(self) -> None:
+        """Lets go of everything; workers that still run serve on."""
+        self.agent.let_go()
+        await self.server.stop()
+
+    async def run(self) -> None:
+        """Serves until it is cancelled; raises UnavailableError when another agent has this node's folder."""
+        with self._folders.locked():
+            await self.server.start()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self.agent.run())
+                    await self.agent.caught_up.wait()
+                    await self.server.set_serving(True)
+                    log.info("node %s serves at %s", self.settings.node, self.address)
+            finally:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._client.close()
+
+
+async def serve(service: Service[AgentSettings]) -> None:
+    """The body of the service: runs a node until the process is told to stop."""
+    node = Node(
+        service.settings,
+        listen=service.common.listen,
+        advertise=service.common.advertise,
+        bus=service.bus,
+        store=service.objects,
+        clock=service.clock,
+        telemetry=service.telemetry,
+        spawn=service.group.create_task,
+    )
+    running = service.group.create_task(node.run(), name="node")
+    try:
+        await service.stop.wait()
+        await node.stop()
+        await end_task(running)
+        if service.settings.stop_workers_on_exit:
+            await node.agent.leave()
+    finally:
+        await node.close()

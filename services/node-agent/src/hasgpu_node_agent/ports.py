@@ -1,0 +1,197 @@
+"""What the agent's logic needs of worker processes; `adapters` has the real ones, the tests doubles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hasgpu_core.events import BatchObservation, FunctionEvent
+from hasgpu_core.function import FunctionSpec
+from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
+
+from hasgpu_node_agent.row_guard import WorkerKey
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """All that a worker process is started from."""
+
+    key: WorkerKey
+    function: FunctionEvent
+    device: DeviceInfo
+    row: int
+    allocation: Allocation
+    allocation_revision: int
+    artifact: Path
+    """The folder of the unpacked artifact."""
+    profiling: bool = False
+    """With a row of its own that no instance shares."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """What the agent notes of a worker in its folder, so that its successor can adopt it."""
+
+    key: WorkerKey
+    function: str
+    function_revision: int
+    load_digest: str
+    """Of what it loaded (`plan.load_digest`)."""
+    gpu: str
+    row: int
+    allocation: Allocation
+    allocation_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What the worker says of itself in `status.json`."""
+
+    state: InstanceState
+    reason: str
+    address: str
+    """Empty until it listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Of the worker's control block, since the worker began."""
+
+    device_time_ns: int
+    debt_ns: int
+    batches_count: int
+
+
+class WorkerProcess(Protocol):
+    """A worker process with its control block and folder."""
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        ...
+
+    @property
+    def exit_reason(self) -> str | None:
+        """None while it runs; else how it ended, in words."""
+        ...
+
+    def status(self) -> WorkerStatus | None:
+        """Returns what it last said; None: nothing yet."""
+        ...
+
+    def write_share(self, allocation: Allocation) -> int:
+        """Writes a share into the control block; returns the epoch that the worker will confirm."""
+        ...
+
+    def note_share(self, allocation: Allocation, revision: int) -> None:
+        """Notes the share in force in the worker's record."""
+        ...
+
+    def applied_epoch(self) -> int:
+        """Returns the newest epoch that the worker has confirmed."""
+        ...
+
+    def beat(self) -> None:
+        """Touches the control block, so that the worker knows that it is looked after."""
+        ...
+
+    def counters(self) -> Counters:
+        """Returns the worker's own counters."""
+        ...
+
+    def terminate(self) -> None:
+        """Asks it to end; one that has ended is ignored."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it; one that has ended is ignored."""
+        ...
+
+    async def wait(self) -> str:
+        """Returns how it ended, in words, once it has."""
+        ...
+
+    def let_go(self) -> None:
+        """Stops looking at it; it runs on."""
+        ...
+
+    def remove(self) -> None:
+        """Lets go of the control block and deletes the worker's folder; only after its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A worker that an earlier agent started and that still runs."""
+
+    record: WorkerRecord
+    process: WorkerProcess
+
+
+class Launcher(Protocol):
+    """Starts workers and finds those that run already."""
+
+    def launch(self, request: LaunchRequest, on_exit: Callable[[], None]) -> WorkerProcess:
+        """Starts a worker; `on_exit` is called in the event loop as soon as it has ended. Raises OSError."""
+        ...
+
+    def adopt(self, on_exit: Callable[[], None]) -> Sequence[Adopted]:
+        """Returns the workers that run under this node's folder and clears away what is left of others."""
+        ...
+
+    def forget(self, instance: str, *, profiling: bool = False) -> None:
+        """Deletes what is left of an instance (or a profiling run) that has gone for good."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a worker answers about itself."""
+
+    in_flight_count: int
+    observations: tuple[BatchObservation, ...]
+    """Of the batches since the last report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One measured configuration."""
+
+    latency_ns: int
+    device_time_ns: int
+    longest_segment_ns: int
+    repetitions_count: int
+
+
+class WorkerClient(Protocol):
+    """Calls a worker's service. Raises HasgpuError."""
+
+    async def report(self, address: str) -> WorkerReport:
+        """Returns counters and new observations."""
+        ...
+
+    async def drain(self, address: str, timeout_s: float) -> int:
+        """Waits for the batches in flight; returns how many were cut off by the time-out."""
+        ...
+
+    async def measure(self, address: str, *, batch: int, repetitions_count: int, budget_s: float) -> Measurement:
+        """Runs random inputs back to back under the share in force."""
+        ...
+
+    async def forget(self, address: str) -> None:
+        """Closes the channel to a worker that has gone."""
+        ...
+
+
+class Artifacts(Protocol):
+    """Unpacked artifacts on this node."""
+
+    def unpacked(self, spec: FunctionSpec) -> Path | None:
+        """Returns the folder of an artifact that is here already."""
+        ...
+
+    async def fetch(self, spec: FunctionSpec) -> Path:
+        """Fetches, verifies and unpacks; raises NotFoundError, IntegrityError, UnavailableError, InvalidError."""
+        ...

@@ -1,0 +1,498 @@
+"""Brings what runs to what is planned.
+
+One pass looks at everything and does what can be done at once; what takes time (fetching an artifact, draining and
+stopping a worker) runs beside it and wakes the next pass. A pass may be repeated at any time.
+
+| instance | what a pass does |
+|---|---|
+| planned, no worker | fetch the artifact, reserve its share, start; a refusal becomes its reason and is tried again |
+| worker loading | read what it says of itself; ready: show it |
+| worker ended | FAILED with the reason; start again after a back-off |
+| other artifact, GPU or row planned | start a successor, or drain first where there is no room for both |
+| successor ready | show it, drain the old one |
+| not planned | show DRAINING, drain, stop, delete its subject |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Protocol
+
+from hasgpu_core.errors import CapacityError, HasgpuError, InvalidError, NotFoundError
+from hasgpu_core.events import FunctionEvent, PlanEvent, PlannedInstance, VerticalScaleEvent
+from hasgpu_core.ports import Clock
+from hasgpu_core.resources import InstanceState
+
+from hasgpu_node_agent.instance import Instance, Worker
+from hasgpu_node_agent.plan import PlanFence, ShareTarget, load_digest, share_target
+from hasgpu_node_agent.ports import Adopted, Artifacts, Launcher, LaunchRequest, WorkerClient
+from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
+from hasgpu_node_agent.shares import ShareApplier, takes_alive
+
+log = logging.getLogger(__name__)
+
+DRAIN_NOTICE_S = 0.3
+"""Gateways stop sending within this time after DRAINING was published."""
+DRAIN_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 300.0
+"""A worker that is not ready by then is taken for hung."""
+TERMINATE_TIMEOUT_S = 5.0
+"""Between SIGTERM and SIGKILL."""
+
+
+class Publisher(Protocol):
+    """Tells others of instances."""
+
+    def mark(self, instance: str) -> None:
+        """The instance changed; its subject is written soon."""
+        ...
+
+    async def flush(self, instance: str) -> None:
+        """Writes the instance's subject now; returns when that is done, or after a bound when the bus is away."""
+        ...
+
+    def gone(self, function: str, instance: str) -> None:
+        """The instance went for good; its subject is deleted soon."""
+        ...
+
+
+class Reconciler:
+    """The instances of a node."""
+
+    def __init__(
+        self,
+        *,
+        guard: RowGuard,
+        launcher: Launcher,
+        artifacts: Artifacts,
+        client: WorkerClient,
+        publisher: Publisher,
+        shares: ShareApplier,
+        clock: Clock,
+        spawn: Callable[[Coroutine[object, object, None]], object],
+        poke: Callable[[], None],
+    ) -> None:
+        self._guard = guard
+        self._launcher = launcher
+        self._artifacts = artifacts
+        self._client = client
+        self._publisher = publisher
+        self._shares = shares
+        self._clock = clock
+        self._spawn = spawn
+        self._poke = poke
+        self._fence = PlanFence()
+        self._functions: dict[str, FunctionEvent] = {}
+        self._verticals: dict[str, tuple[VerticalScaleEvent, Mapping[str, str]]] = {}
+        self._stopping = False
+        self.instances: dict[str, Instance] = {}
+        """By id."""
+        self.draining = False
+        """Takes no new worker while set."""
+
+    # What is wanted
+
+    @property
+    def plan_revision(self) -> int:
+        """Of the plan in force; 0 before the first."""
+        return self._fence.revision
+
+    def set_plan(self, plan: PlanEvent) -> None:
+        """Puts a plan in force; raises FencedError when a newer one has been."""
+        if self._fence.accept(plan):
+            log.info("plan %d: %d instances", plan.revision, len(plan.instances))
+            self._poke()
+
+    def clear_plan(self) -> None:
+        """Nothing is to run here any more, until a plan comes."""
+        self._fence.clear()
+        self._poke()
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether it is known what is to run here (nothing may be)."""
+        return self._fence.plan is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that the plan names is ready and nothing else is there."""
+        return all(
+            i.planned is not None
+            and i.current is not None
+            and i.current.state is InstanceState.READY
+            and i.successor is None
+            and not i.leaving
+            for i in self.instances.values()
+        )
+
+    def set_function(self, event: FunctionEvent) -> None:
+        """Notes a function's newest revision; an older one is ignored."""
+        present = self._functions.get(event.spec.name)
+        if present is None or present.revision < event.revision:
+            self._functions[event.spec.name] = event
+            self._poke()
+
+    def forget_function(self, function: str) -> None:
+        """The function was deleted; its instances go with the plan."""
+        self._functions.pop(function, None)
+
+    def function(self, name: str) -> FunctionEvent | None:
+        """Returns the newest revision known of a function."""
+        return self._functions.get(name)
+
+    def set_vertical(self, event: VerticalScaleEvent, headers: Mapping[str, str]) -> None:
+        """Notes a vertical change; an older one than the last is ignored."""
+        try:
+            event.allocation.validate()
+        except InvalidError as error:
+            log.warning("vertical change of %s refused: %s", event.instance, error)
+            return
+        present = self._verticals.get(event.instance)
+        if present is None or present[0].revision < event.revision:
+            self._verticals[event.instance] = (event, headers)
+            self._poke()
+
+    def forget_vertical(self, instance: str) -> None:
+        """The vertical change was purged; the share in force stays until something newer comes."""
+        self._verticals.pop(instance, None)
+
+    def adopt(self, found: Adopted) -> bool:
+        """Takes over a worker that an earlier agent started; False when it does not fit and must go."""
+        record = found.record
+        instance = self._instance(record.key.instance, record.function)
+        worker = Worker(
+            key=record.key,
+            process=found.process,
+            function=record.function,
+            function_revision=record.function_revision,
+            load_digest=record.load_digest,
+            device=self._guard.device(record.gpu),
+            row=record.row,
+            share=ShareTarget(record.allocation, record.allocation_revision),
+            started_at_s=self._clock.now_s(),
+        )
+        instance.generation = max(instance.generation, record.key.generation)
+        try:
+            self._guard.reserve(worker.key, record.gpu, record.row, record.allocation)
+        except HasgpuError as error:
+            log.warning("worker %d of %s can't be adopted: %s", worker.process.pid, record.key.instance, error)
+            self._leave(instance, worker)
+            return False
+        self._look(instance, worker)
+        former = instance.current
+        instance.current = worker
+        if former is not None:
+            better = former.state is InstanceState.READY and worker.state is not InstanceState.READY
+            instance.current, other = (former, worker) if better else (worker, former)
+            self._leave(instance, other)
+        self._publisher.mark(instance.instance)
+        return True
+
+    async def stop_all(self) -> None:
+        """Drains and stops every worker; for a graceful end of the node."""
+        self._stopping = True
+        self._poke()
+        while self.instances:
+            self.reconcile()
+            await self._clock.sleep(0.02)
+
+    # One pass
+
+    @property
+    def loading(self) -> bool:
+        """Whether a worker's own status is worth reading often."""
+        return any(w.state is InstanceState.LOADING for i in self.instances.values() for w in i.workers())
+
+    def next_try_s(self, now_s: float) -> float | None:
+        """Returns the seconds until the next worker may be tried again after a failure; None: none waits."""
+        waits = [i.backoff.wait_s(now_s) for i in self.instances.values() if i.planned and i.failure]
+        return min((wait for wait in waits if wait > 0), default=None)
+
+    def reconcile(self) -> bool:
+        """Makes one pass; returns whether a worker's confirmation of its share is awaited."""
+        self._match_plan()
+        now_s = self._clock.now_s()
+        for instance in list(self.instances.values()):
+            try:
+                self._observe(instance, now_s)
+                if instance.planned is not None:
+                    self._bring_up(instance, instance.planned, now_s)
+                elif self._fence.plan is not None or self._stopping:
+                    self._take_down(instance)
+            except (HasgpuError, OSError) as error:
+                # One instance's trouble (a full disk, a damaged file) must not keep the others waiting.
+                self._failed(instance, str(error))
+        return self._shares.step(self.instances.values())
+
+    def step_shares(self) -> bool:
+        """The part of a pass that applies shares; returns whether a confirmation is awaited."""
+        return self._shares.step(self.instances.values())
+
+    def _match_plan(self) -> None:
+        plan = self._fence.plan
+        if self._stopping:
+            for instance in self.instances.values():
+                instance.planned = None
+            return
+        if plan is None:
+            return
+        planned = {p.instance: p for p in plan.instances}
+        for p in plan.instances:
+            instance = self._instance(p.instance, p.function)
+            if instance.planned is None:
+                self._publisher.mark(p.instance)
+            elif (instance.planned.gpu, instance.planned.row) != (p.gpu, p.row):
+                instance.backoff.reset()
+            instance.planned = p
+        for instance in self.instances.values():
+            instance.planned = planned.get(instance.instance)
+            vertical = self._verticals.get(instance.instance)
+            instance.vertical, instance.vertical_headers = vertical if vertical else (None, {})
+
+    def _instance(self, name: str, function: str) -> Instance:
+        if name not in self.instances:
+            self.instances[name] = Instance(instance=name, function=function)
+        return self.instances[name]
+
+    # Looking
+
+    def _observe(self, instance: Instance, now_s: float) -> None:
+        for worker in tuple(instance.workers()):
+            ended = worker.process.exit_reason
+            if ended is not None:
+                self._ended(instance, worker, ended, now_s)
+            elif worker.state is InstanceState.LOADING:
+                self._look(instance, worker)
+                if worker.state is InstanceState.LOADING and now_s - worker.started_at_s > LOAD_TIMEOUT_S:
+                    worker.process.kill()
+            elif worker.function_revision < self._revision_for(worker):
+                worker.function_revision = self._revision_for(worker)
+                self._publisher.mark(instance.instance)
+
+    def _revision_for(self, worker: Worker) -> int:
+        """The newest revision of its function that the worker serves as well as the one it was started for."""
+        event = self._functions.get(worker.function)
+        if event is None or load_digest(event.spec) != worker.load_digest:
+            return worker.function_revision
+        return event.revision
+
+    def _look(self, instance: Instance, worker: Worker) -> None:
+        status = worker.process.status()
+        if status is None:
+            return
+        if status.state is InstanceState.READY and status.address:
+            worker.state = InstanceState.READY
+            worker.address = status.address
+            worker.note = status.reason
+            instance.failure = ""
+            instance.refusal = ""
+            instance.backoff.ready(self._clock.now_s())
+            self._publisher.mark(instance.instance)
+            log.info("%s is ready at %s (pid %d)", instance.instance, worker.address, worker.process.pid)
+        elif status.state in (InstanceState.FAILED, InstanceState.DRAINING, InstanceState.STOPPED):
+            # It says why and ends by itself; one that has not will be sent off, and its end is what counts.
+            worker.process.terminate()
+
+    def _ended(self, instance: Instance, worker: Worker, ended: str, now_s: float) -> None:
+        status = worker.process.status()
+        said = status.reason if status is not None and status.state is InstanceState.FAILED else ""
+        reason = said or f"its worker {ended}"
+        if not said and worker.state is InstanceState.LOADING and now_s - worker.started_at_s > LOAD_TIMEOUT_S:
+            reason = f"its worker was not ready within {LOAD_TIMEOUT_S:.0f} s"
+        self._guard.release(worker.key)
+        worker.process.remove()
+        instance.last_share = worker.share
+        if worker.address:
+            self._spawn(self._client.forget(worker.address))
+        if worker is instance.successor:
+            instance.successor = None
+            reason = f"its successor failed: {reason}"
+        else:
+            instance.current = None
+        instance.failure = reason
+        instance.restarts_count += 1
+        delay_s = instance.backoff.failed(now_s)
+        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s)
+        self._publisher.mark(instance.instance)
+
+    # Acting
+
+    def _bring_up(self, instance: Instance, planned: PlannedInstance, now_s: float) -> None:
+        current, successor = instance.current, instance.successor
+        if successor is not None and self._outdated(successor, planned):
+            instance.successor = None
+            self._leave(instance, successor)
+            successor = None
+        if successor is not None and (current is None or successor.state is InstanceState.READY):
+            instance.current, instance.successor = successor, None
+            self._publisher.mark(instance.instance)
+            if current is not None:
+                self._leave(instance, current)
+            return
+        if current is None:
+            if successor is None:
+                instance.current = self._launch(instance, planned, now_s)
+        elif successor is None and self._outdated(current, planned) and self._can_replace(instance, planned, now_s):
+            instance.successor = self._launch(instance, planned, now_s)
+            if instance.successor is None and instance.refusal and not self.draining:
+                log.info("%s is replaced without overlap: %s", instance.instance, instance.refusal)
+                instance.current = None
+                self._leave(instance, current)
+
+    def _outdated(self, worker: Worker, planned: PlannedInstance) -> bool:
+        """Whether a worker must be replaced to follow the plan or its function."""
+        event = self._functions.get(planned.function)
+        if event is not None and load_digest(event.spec) != worker.load_digest:
+            return True
+        if (worker.device.gpu, worker.row) != (planned.gpu, planned.row):
+            return True
+        return not takes_alive(worker, planned.allocation)
+
+    def _can_replace(self, instance: Instance, planned: PlannedInstance, now_s: float) -> bool:
+        """Whether all that a successor needs is here, but perhaps room; otherwise the present worker stays."""
+        event = self._functions.get(planned.function)
+        if self.draining or event is None or instance.backoff.wait_s(now_s) > 0:
+            return False
+        if planned.gpu not in {device.gpu for device in self._guard.devices}:
+            self._refuse(instance, f"this node has no device {planned.gpu!r}")
+            return False
+        return self._artifact_here(instance, event)
+
+    def _launch(self, instance: Instance, planned: PlannedInstance, now_s: float) -> Worker | None:
+        event = self._functions.get(planned.function)
+        if self.draining:
+            self._refuse(instance, "the node is draining and takes no new worker")
+            return None
+        if event is None:
+            self._refuse(instance, f"function {planned.function!r} is not known here yet")
+            return None
+        if instance.backoff.wait_s(now_s) > 0 or not self._artifact_here(instance, event):
+            return None
+        artifact = self._artifacts.unpacked(event.spec)
+        assert artifact is not None, "looked up just now"
+        target = share_target(planned, instance.vertical)
+        last = instance.current.share if instance.current is not None else instance.last_share
+        if last is not None and last.revision > target.revision:
+            target = last
+        key = WorkerKey(instance.instance, instance.generation + 1)
+        try:
+            self._guard.reserve(key, planned.gpu, planned.row, target.allocation)
+        except (CapacityError, NotFoundError, InvalidError) as error:
+            # While its former worker leaves, the room that lacks may be its own.
+            self._refuse(instance, "" if instance.leaving else str(error))
+            return None
+        request = LaunchRequest(
+            key=key,
+            function=event,
+            device=self._guard.device(planned.gpu),
+            row=planned.row,
+            allocation=target.allocation,
+            allocation_revision=target.revision,
+            artifact=artifact,
+        )
+        try:
+            process = self._launcher.launch(request, self._poke)
+        except OSError as error:
+            self._guard.release(key)
+            self._failed(instance, f"its worker can't be started: {error}")
+            return None
+        instance.generation = key.generation
+        instance.refusal = ""
+        self._publisher.mark(instance.instance)
+        log.info("%s: worker %d started on %s row %d", instance.instance, process.pid, planned.gpu, planned.row)
+        return Worker(
+            key=key,
+            process=process,
+            function=planned.function,
+            function_revision=event.revision,
+            load_digest=load_digest(event.spec),
+            device=request.device,
+            row=planned.row,
+            share=target,
+            started_at_s=now_s,
+        )
+
+    def _artifact_here(self, instance: Instance, event: FunctionEvent) -> bool:
+        if self._artifacts.unpacked(event.spec) is not None:
+            return True
+        if not instance.fetching:
+            instance.fetching = True
+            self._spawn(self._fetch(instance, event))
+        return False
+
+    async def _fetch(self, instance: Instance, event: FunctionEvent) -> None:
+        try:
+            await self._artifacts.fetch(event.spec)
+        except (HasgpuError, OSError) as error:
+            self._failed(instance, f"its artifact can't be had: {error}")
+        finally:
+            instance.fetching = False
+            self._poke()
+
+    def _failed(self, instance: Instance, reason: str) -> None:
+        instance.failure = reason
+        delay_s = instance.backoff.failed(self._clock.now_s())
+        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s)
+        self._publisher.mark(instance.instance)
+
+    def _refuse(self, instance: Instance, reason: str) -> None:
+        if instance.refusal != reason:
+            instance.refusal = reason
+            if reason:
+                log.info("%s can't be started now: %s", instance.instance, reason)
+            self._publisher.mark(instance.instance)
+
+    def _take_down(self, instance: Instance) -> None:
+        for worker in tuple(instance.workers()):
+            self._leave(instance, worker)
+        instance.current = instance.successor = None
+        if not instance.leaving and not instance.fetching:
+            del self.instances[instance.instance]
+            self._launcher.forget(instance.instance)
+            self._publisher.gone(instance.function, instance.instance)
+            log.info("%s is gone", instance.instance)
+
+    # Leaving
+
+    def _leave(self, instance: Instance, worker: Worker) -> None:
+        """Sends a worker off in the background; its share stays reserved until it has ended."""
+        instance.leaving.append(worker)
+        instance.last_share = worker.share
+        self._spawn(self._retire(instance, worker))
+
+    async def _retire(self, instance: Instance, worker: Worker) -> None:
+        if worker.state is InstanceState.READY and worker.process.exit_reason is None:
+            worker.state = InstanceState.DRAINING
+            await self._publisher.flush(instance.instance)
+            await self._clock.sleep(DRAIN_NOTICE_S)
+            try:
+                lost_count = await self._client.drain(worker.address, DRAIN_TIMEOUT_S)
+                if lost_count:
+                    log.warning("%s: %d batches were cut off by the drain's time-out", instance.instance, lost_count)
+            except HasgpuError as error:
+                log.warning("%s could not be drained: %s", instance.instance, error)
+        await stop_worker(worker, self._clock)
+        self._guard.release(worker.key)
+        worker.process.remove()
+        if worker.address:
+            await self._client.forget(worker.address)
+        instance.leaving.remove(worker)
+        self._publisher.mark(instance.instance)
+        self._poke()
+
+
+async def stop_worker(worker: Worker, clock: Clock) -> None:
+    """Ends a worker process: SIGTERM, and SIGKILL when that is not heeded in time."""
+    ended = asyncio.ensure_future(worker.process.wait())
+    try:
+        worker.process.terminate()
+        timer = asyncio.ensure_future(clock.sleep(TERMINATE_TIMEOUT_S))
+        await asyncio.wait({ended, timer}, return_when=asyncio.FIRST_COMPLETED)
+        timer.cancel()
+        if worker.process.exit_reason is None:
+            worker.process.kill()
+            await ended
+    finally:
+        ended.cancel()

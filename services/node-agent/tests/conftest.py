@@ -1,0 +1,344 @@
+"""Doubles: a node whose processes are objects, and functions to build values."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hasgpu_core.clock import ManualClock
+from hasgpu_core.errors import HasgpuError
+from hasgpu_core.events import FunctionEvent, PlanEvent, PlannedInstance, VerticalScaleEvent
+from hasgpu_core.function import MIB, Artifact, FunctionSpec, ModelFormat, TensorSpec
+from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
+from hasgpu_node_agent.instance import Instance
+from hasgpu_node_agent.ports import (
+    Adopted,
+    Counters,
+    LaunchRequest,
+    Measurement,
+    WorkerReport,
+    WorkerStatus,
+)
+from hasgpu_node_agent.reconciler import Reconciler
+from hasgpu_node_agent.row_guard import RowGuard
+from hasgpu_node_agent.shares import ShareApplier
+
+
+class FakeProcess:
+    """A worker process that does what the test says."""
+
+    def __init__(self, request: LaunchRequest, pid: int, on_exit: Callable[[], None]) -> None:
+        self.request = request
+        self.pid = pid
+        self.on_exit = on_exit
+        self.said: WorkerStatus | None = None
+        self.ended: str | None = None
+        self.written = request.allocation
+        self.applied = request.allocation
+        self.unconfirmed: list[tuple[float, Allocation]] = []
+        """What may still be in force, and since when it was replaced."""
+        self.now_s: Callable[[], float] = lambda: 0.0
+        self.epoch = 1
+        self.confirmed_epoch = 1
+        self.instantly = True
+        """Confirms a share as soon as it is written."""
+        self.heeds_terminate = True
+        self.signals: list[str] = []
+        self.removed = False
+        self.noted: tuple[Allocation, int] | None = None
+        self.beats = 0
+        self.used_ns = 0
+        self.batches_count = 0
+
+    @property
+    def exit_reason(self) -> str | None:
+        return self.ended
+
+    def status(self) -> WorkerStatus | None:
+        return self.said
+
+    def write_share(self, allocation: Allocation) -> int:
+        assert self.ended is None
+        self.unconfirmed.append((self.now_s(), self.written))
+        self.written = allocation
+        self.epoch += 1
+        if self.instantly:
+            self.confirm()
+        return self.epoch
+
+    def confirm(self) -> None:
+        self.confirmed_epoch = self.epoch
+        self.applied = self.written
+        self.unconfirmed = []
+
+    def note_share(self, allocation: Allocation, revision: int) -> None:
+        self.noted = (allocation, revision)
+
+    def applied_epoch(self) -> int:
+        return self.confirmed_epoch
+
+    def beat(self) -> None:
+        self.beats += 1
+
+    def counters(self) -> Counters:
+        return Counters(device_time_ns=self.used_ns, debt_ns=0, batches_count=self.batches_count)
+
+    def terminate(self) -> None:
+        self.signals.append("TERM")
+        if self.heeds_terminate:
+            self.end("ended with exit code 0")
+
+    def kill(self) -> None:
+        self.signals.append("KILL")
+        self.end("was killed by SIGKILL")
+
+    def end(self, reason: str) -> None:
+        if self.ended is None:
+            self.ended = reason
+            self.on_exit()
+
+    async def wait(self) -> str:
+        while self.ended is None:  # noqa: ASYNC110  an Event would have to be made inside the loop
+            await asyncio.sleep(0)
+        return self.ended
+
+    def remove(self) -> None:
+        assert self.ended is not None, "a running worker's folder is not removed"
+        self.removed = True
+
+    def ready(self, address: str = "") -> None:
+        self.said = WorkerStatus(InstanceState.READY, "", address or f"worker:{self.pid}")
+
+    def fail(self, reason: str) -> None:
+        self.said = WorkerStatus(InstanceState.FAILED, reason, "")
+        self.end("ended with exit code 1")
+
+
+class FakeLauncher:
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self.now_s = now_s
+        self.started: list[FakeProcess] = []
+        self.found: list[Adopted] = []
+        self.forgotten: list[str] = []
+        self.error: OSError | None = None
+
+    def launch(self, request: LaunchRequest, on_exit: Callable[[], None]) -> FakeProcess:
+        if self.error is not None:
+            raise self.error
+        process = FakeProcess(request, 1_000 + len(self.started), on_exit)
+        process.now_s = self.now_s
+        self.started.append(process)
+        return process
+
+    def adopt(self, on_exit: Callable[[], None]) -> Sequence[Adopted]:
+        return self.found
+
+    def forget(self, instance: str, *, profiling: bool = False) -> None:
+        self.forgotten.append(instance)
+
+    @property
+    def live(self) -> list[FakeProcess]:
+        return [p for p in self.started if p.ended is None]
+
+
+class FakeArtifacts:
+    def __init__(self) -> None:
+        self.here: set[str] = set()
+        self.error: HasgpuError | None = None
+
+    def unpacked(self, spec: FunctionSpec) -> Path | None:
+        return Path("/artifacts") / spec.artifact.sha256 if spec.artifact.sha256 in self.here else None
+
+    async def fetch(self, spec: FunctionSpec) -> Path:
+        if self.error is not None:
+            raise self.error
+        self.here.add(spec.artifact.sha256)
+        return Path("/artifacts") / spec.artifact.sha256
+
+
+class FakeClient:
+    def __init__(self) -> None:
+        self.drained: list[str] = []
+        self.measured: list[tuple[int, float]] = []
+        self.on_measure: Callable[[int], None] = lambda batch: None
+        self.closed: list[str] = []
+
+    async def report(self, address: str) -> WorkerReport:
+        return WorkerReport(in_flight_count=0, observations=())
+
+    async def drain(self, address: str, timeout_s: float) -> int:
+        self.drained.append(address)
+        return 0
+
+    async def measure(self, address: str, *, batch: int, repetitions_count: int, budget_s: float) -> Measurement:
+        self.measured.append((batch, budget_s))
+        self.on_measure(batch)
+        return Measurement(batch * 1_000, batch * 500, 100, repetitions_count)
+
+    async def forget(self, address: str) -> None:
+        self.closed.append(address)
+
+
+class RecordingPublisher:
+    """Keeps (instance, state, address) of what others would have read, in order."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.dirty: list[str] = []
+        self.told: list[tuple[str, InstanceState]] = []
+        self.deleted: list[str] = []
+
+    def mark(self, instance: str) -> None:
+        self.dirty.append(instance)
+
+    async def flush(self, instance: str) -> None:
+        event = self._world.event(instance)
+        self.told.append((instance, event.state))
+
+    def gone(self, function: str, instance: str) -> None:
+        self.deleted.append(instance)
+
+
+class YieldingClock(ManualClock):
+    """Lets others run while it sleeps."""
+
+    async def sleep(self, delay_s: float) -> None:
+        await super().sleep(delay_s)
+        await asyncio.sleep(0)
+
+
+class World:
+    """A node with doubles for all that touches the world; call `step` inside its event loop."""
+
+    def __init__(self, devices: Sequence[DeviceInfo] = ()) -> None:
+        self.clock = YieldingClock()
+        self.guard = RowGuard(devices or (cpu_device(),))
+        self.launcher = FakeLauncher(self.clock.now_s)
+        self.artifacts = FakeArtifacts()
+        self.client = FakeClient()
+        self.publisher = RecordingPublisher(self)
+        self.shares_applied: list[tuple[str, int, bool]] = []
+        self.refusals: list[tuple[str, str]] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.pokes = 0
+        self.shares = ShareApplier(self.guard, self, self.clock.now_s)
+        self.reconciler = Reconciler(
+            guard=self.guard,
+            launcher=self.launcher,
+            artifacts=self.artifacts,
+            client=self.client,
+            publisher=self.publisher,
+            shares=self.shares,
+            clock=self.clock,
+            spawn=self.spawn,
+            poke=self.poke,
+        )
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        self.tasks.add(task)
+        return task
+
+    def poke(self) -> None:
+        self.pokes += 1
+
+    def written(self, instance: Instance, worker: Any, target: Any) -> None:
+        pass
+
+    def applied(self, instance: Instance, worker: Any, target: Any, *, confirmed: bool) -> None:
+        self.shares_applied.append((instance.instance, target.revision, confirmed))
+
+    def refused(self, instance: Instance, reason: str) -> None:
+        self.refusals.append((instance.instance, reason))
+
+    async def step(self, times: int = 1) -> None:
+        """Makes passes, each followed by what it began in the background."""
+        for _ in range(times):
+            self.reconciler.reconcile()
+            for _ in range(50):
+                await asyncio.sleep(0)
+            for task in [t for t in self.tasks if t.done()]:
+                task.result()
+                self.tasks.discard(task)
+
+    def event(self, instance: str) -> Any:
+        return self.reconciler.instances[instance].event(
+            node="n", device_model="cpu-2c", plan_revision=self.reconciler.plan_revision, unix_ns=self.clock.unix_ns()
+        )
+
+    def plan(self, revision: int, *instances: PlannedInstance, token: int = 1) -> None:
+        self.reconciler.set_plan(PlanEvent(node="n", revision=revision, instances=instances, fencing_token=token))
+
+    def process(self, instance: str) -> FakeProcess:
+        """The newest process of an instance."""
+        return [p for p in self.launcher.started if p.request.key.instance == instance][-1]
+
+
+def cpu_device(gpu: str = "cpu0", memory_bytes: int = 8_192 * MIB, backend: str = "cpu") -> DeviceInfo:
+    return DeviceInfo("n", gpu, "cpu-2c", backend, memory_bytes, (25, 50, 75, 100))
+
+
+def share(request: int = 300, *, sm: int = 100, limit: int = 0, memory_bytes: int = 512 * MIB) -> Allocation:
+    return Allocation(sm, request, limit or request, memory_bytes)
+
+
+def planned(
+    instance: str = "f-0",
+    allocation: Allocation | None = None,
+    *,
+    row: int = 0,
+    gpu: str = "cpu0",
+    revision: int = 1,
+) -> PlannedInstance:
+    return PlannedInstance(
+        function=instance.rpartition("-")[0],
+        instance=instance,
+        gpu=gpu,
+        row=row,
+        allocation=allocation or share(),
+        allocation_revision=revision,
+    )
+
+
+def function(name: str = "f", *, revision: int = 1, content: int = 0, slo_ms: int = 100) -> FunctionEvent:
+    spec = FunctionSpec(
+        name=name,
+        format=ModelFormat.PYTHON,
+        artifact=Artifact(f"{content:064x}", 10),
+        entry="handler.py",
+        inputs=(TensorSpec("x", "FP32", (-1, 2)),),
+        outputs=(TensorSpec("y", "FP32", (-1, 2)),),
+        slo_ms=slo_ms,
+        max_batch=8,
+    )
+    return FunctionEvent(spec, revision, 0)
+
+
+def vertical(instance: str = "f-0", allocation: Allocation | None = None, *, revision: int = 2) -> VerticalScaleEvent:
+    name = instance.rpartition("-")[0]
+    return VerticalScaleEvent(name, instance, "n", allocation or share(), revision, "test", 0)
+
+
+class Make:
+    """How tests get at the functions of this file."""
+
+    device = staticmethod(cpu_device)
+    share = staticmethod(share)
+    planned = staticmethod(planned)
+    function = staticmethod(function)
+    vertical = staticmethod(vertical)
+    world = World
+    process = FakeProcess
+
+
+@pytest.fixture(scope="session")
+def make() -> type[Make]:
+    return Make
+
+
+@pytest.fixture
+def world() -> World:
+    return World()

@@ -1,0 +1,172 @@
+"""Profiling runs: what is measured, in which order, and that nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from hasgpu_core.errors import InvalidError, ModelError, NotFoundError, UnavailableError
+from hasgpu_node_agent.errors import ProfileError
+from hasgpu_node_agent.profiling import Point, ProfileOrder, Profiler, batch_ladder, configurations, ends_first
+
+
+@pytest.fixture
+def profiler(world: Any) -> Profiler:
+    """One whose workers are ready at once."""
+    launch = world.launcher.launch
+
+    def launch_ready(*args: Any) -> Any:
+        process = launch(*args)
+        process.ready()
+        return process
+
+    world.launcher.launch = launch_ready
+    return Profiler(
+        guard=world.guard,
+        launcher=world.launcher,
+        artifacts=world.artifacts,
+        client=world.client,
+        clock=world.clock,
+        spawn=world.spawn,
+    )
+
+
+async def collect(world: Any, profiler: Profiler, order: ProfileOrder) -> tuple[list[Point], list[str]]:
+    async with aclosing(profiler.run(order)) as items:
+        found = [item async for item in items]
+    await world.step()
+    return [i for i in found if isinstance(i, Point)], [i for i in found if isinstance(i, str)]
+
+
+def order(make: Any, **changes: Any) -> ProfileOrder:
+    return ProfileOrder(**{"spec": make.function().spec, "gpu": "cpu0", **changes})
+
+
+@pytest.mark.parametrize(("limit", "ladder"), [(1, (1,)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
+def test_the_ladder_of_batches_ends_at_the_limit(limit: int, ladder: tuple[int, ...]) -> None:
+    assert batch_ladder(limit) == ladder
+
+
+def test_ends_come_first() -> None:
+    assert ends_first([1, 2, 4, 8]) == [1, 8, 4, 2]
+    assert ends_first([5]) == [5]
+    assert ends_first([]) == []
+
+
+def test_all_pairs_are_measured_at_the_whole_quota_the_corners_first(make: Any) -> None:
+    whole, smaller = configurations(order(make), make.device())
+    assert len(whole) == 4 * 4
+    assert len(set(whole)) == 16
+    corners = {(c.batch, c.sm_pct) for c in whole[:4]}
+    assert (whole[0].batch, whole[0].sm_pct) == (1, 100)
+    assert {(1, 100), (1, 25), (8, 100)} <= corners
+    assert len(smaller) == 16 * 2
+    assert {c.batch for c in smaller[:8]} == {1}
+    assert all(c.quota_permille < 1_000 for c in smaller)
+
+
+async def test_a_run_measures_under_the_share_of_each_point(world: Any, make: Any, profiler: Profiler) -> None:
+    shares: list[tuple[int, int, int]] = []
+    world.client.on_measure = lambda batch: shares.append(
+        (batch, world.launcher.started[0].applied.sm_pct, world.launcher.started[0].applied.request_permille)
+    )
+    points, words = await collect(world, profiler, order(make, batches=(1, 4), sm_pcts=(50,)))
+    assert shares == [(p.configuration.batch, p.configuration.sm_pct, p.configuration.quota_permille) for p in points]
+    assert len(points) == 2 * 1 * 3
+    assert points[0].measurement.latency_ns == 1_000
+    assert words[-1] == "batch 4, SM 50 %, quota 20 %: 6 of 6"
+    process = world.launcher.started[0]
+    assert process.request.profiling
+    assert process.removed
+    assert profiler.processes == {}
+
+
+async def test_the_budget_leaves_small_quotas_out_but_no_pair(world: Any, make: Any, profiler: Profiler) -> None:
+    world.client.on_measure = lambda batch: world.clock.advance(0.8)
+    points, words = await collect(world, profiler, order(make, budget_s=12.0))
+    whole = [p for p in points if p.configuration.quota_permille == 1_000]
+    assert len(whole) == 16
+    assert len(points) == 16
+    assert words[-1] == "the budget of 12 s is used up: 16 of 48 measured"
+
+
+async def test_even_whole_quota_points_end_at_twice_the_budget(world: Any, make: Any, profiler: Profiler) -> None:
+    world.client.on_measure = lambda batch: world.clock.advance(10.0)
+    points, _ = await collect(world, profiler, order(make, budget_s=12.0))
+    assert len(points) == 3
+
+
+async def test_a_worker_that_cannot_load_ends_the_run_with_its_reason(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    launch = world.launcher.launch
+
+    def launch_failing(*args: Any) -> Any:
+        process = launch(*args)
+        process.fail("no module named 'x'")
+        return process
+
+    world.launcher.launch = launch_failing
+    with pytest.raises(ModelError, match="can't load the function: no module named 'x'"):
+        await collect(world, profiler, order(make))
+    await world.step()
+    assert world.launcher.started[0].removed
+    assert world.launcher.forgotten == ["f.profile"]
+
+
+async def test_a_worker_that_dies_while_it_measures_ends_the_run(world: Any, make: Any, profiler: Profiler) -> None:
+    def die(batch: int) -> None:
+        world.launcher.started[0].end("was killed by SIGKILL")
+        raise UnavailableError("connection lost")
+
+    world.client.on_measure = die
+    with pytest.raises(ProfileError, match="batch 1, SM 100 %, quota 100 %: was killed by SIGKILL"):
+        await collect(world, profiler, order(make))
+    await world.step()
+    assert world.launcher.started[0].removed
+
+
+async def test_a_caller_that_goes_leaves_nothing_behind(world: Any, make: Any, profiler: Profiler) -> None:
+    async with aclosing(profiler.run(order(make))) as items:
+        async for item in items:
+            if isinstance(item, Point):
+                break
+    await world.step()
+    assert world.launcher.started[0].signals == ["KILL"]
+    assert world.launcher.started[0].removed
+    assert profiler.processes == {}
+
+
+async def test_runs_on_one_device_wait_for_each_other(world: Any, make: Any, profiler: Profiler) -> None:
+    first = profiler.run(order(make))
+    async for item in first:
+        if isinstance(item, Point):
+            break
+    second = profiler.run(order(make))
+    assert await anext(second) == "waiting for another run on cpu0"
+    waiting = asyncio.ensure_future(anext(second))
+    await world.step()
+    assert not waiting.done()
+    await first.aclose()
+    assert await waiting == "fetching the artifact"
+    await second.aclose()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"gpu": "gpu9"}, NotFoundError),
+        ({"batches": (9,)}, InvalidError),
+        ({"sm_pcts": (0,)}, InvalidError),
+        ({"quotas_permille": (1_001,)}, InvalidError),
+        ({"budget_s": 1e9}, InvalidError),
+    ],
+)
+async def test_orders_that_cannot_be_are_refused(
+    world: Any, make: Any, profiler: Profiler, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await collect(world, profiler, order(make, **changes))
+    assert world.launcher.started == []

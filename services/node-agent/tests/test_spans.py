@@ -1,0 +1,167 @@
+"""Traces: of batches in the worker, and from a scaling decision to the share in force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from hasgpu_core.events import PlanEvent
+from hasgpu_device.engine import BatchRecord
+from hasgpu_device.segments import Run, SegmentRecord
+from hasgpu_node_agent.reconciler import Reconciler
+from hasgpu_node_agent.shares import ShareApplier
+from hasgpu_node_agent.traces import ShareTraces
+from hasgpu_node_agent.worker_spans import SpanObserver
+from hasgpu_runtime.telemetry import Telemetry
+
+
+class Recorded:
+    def __init__(self, name: str, number: int, given: Mapping[str, Any]) -> None:
+        self.name = name
+        self.traceparent = f"00-{number:032x}-{number:016x}-01"
+        self.given = dict(given)
+        self.ended = False
+        self.failure = given.get("failure", "")
+
+    def set(self, key: str, value: Any) -> None:
+        self.given.setdefault("attributes", {})[key] = value
+
+    def fail(self, message: str) -> None:
+        self.failure = message
+
+    def end(self, *, end_unix_ns: int | None = None) -> None:
+        self.ended = True
+
+
+class Recorder(Telemetry):
+    """Keeps spans."""
+
+    def __init__(self) -> None:
+        self.spans: list[Recorded] = []
+
+    @property
+    def enabled(self) -> bool:
+        return True
+
+    def start(self, name: Any, **given: Any) -> Recorded:
+        self.spans.append(Recorded(name, len(self.spans) + 1, given))
+        return self.spans[-1]
+
+    def record(self, name: Any, **given: Any) -> str:
+        span = self.start(name, **given)
+        span.end()
+        return span.traceparent
+
+    def extract(self, headers: Mapping[str, str]) -> str:
+        return headers.get("traceparent", "")
+
+    def named(self, name: str) -> list[Recorded]:
+        return [span for span in self.spans if span.name == name]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+def record(segments: Sequence[SegmentRecord], *, error: str = "", ran: bool = True) -> BatchRecord:
+    run = Run(start_unix_ns=200, sm_pct=50, request_permille=300, end_unix_ns=9_000_000, gate_wait_ns=300)
+    run.segments.extend(segments)
+    return BatchRecord("f-0", "f", 7, "parent", ("one", "", "two"), 3, 100, 200, 9_000_100, run if ran else None, error)
+
+
+def test_a_batch_is_a_child_of_the_gateways_and_linked_to_its_requests(recorder: Recorder) -> None:
+    segments = [
+        SegmentRecord(500, 4_000_000, 300, 1, False),
+        SegmentRecord(4_000_010, 5_000_000, 10, 1, False),
+        SegmentRecord(7_000_000, 9_000_000, 2_000_000, 1, False),
+    ]
+    SpanObserver(recorder).batch_done(record(segments))
+    batch, first_wait, execute, later_wait = recorder.spans
+    assert (batch.name, batch.given["parent"], batch.given["links"]) == ("worker.batch", "parent", ["one", "two"])
+    assert (batch.given["start_unix_ns"], batch.given["end_unix_ns"]) == (100, 9_000_100)
+    assert batch.given["attributes"]["line_ns"] == 100
+    assert (first_wait.given["start_unix_ns"], first_wait.given["end_unix_ns"]) == (200, 500)
+    assert (execute.given["start_unix_ns"], execute.given["end_unix_ns"]) == (500, 9_000_000)
+    assert first_wait.given["parent"] == execute.given["parent"] == batch.traceparent
+    assert later_wait.given["parent"] == execute.traceparent
+    assert (later_wait.given["start_unix_ns"], later_wait.given["end_unix_ns"]) == (5_000_000, 7_000_000)
+
+
+def test_a_batch_that_never_ran_has_a_span_of_its_own_only(recorder: Recorder) -> None:
+    SpanObserver(recorder).batch_done(record([], error="the deadline passed", ran=False))
+    (batch,) = recorder.spans
+    assert batch.failure == "the deadline passed"
+
+
+@pytest.fixture
+def traced(world: Any, recorder: Recorder) -> Any:
+    """The world with real traces in place of its own listener."""
+    world.traces = ShareTraces(recorder, world.clock, world.publisher.mark)
+    world.shares = ShareApplier(world.guard, world.traces, world.clock.now_s)
+    world.reconciler = Reconciler(
+        guard=world.guard,
+        launcher=world.launcher,
+        artifacts=world.artifacts,
+        client=world.client,
+        publisher=world.publisher,
+        shares=world.shares,
+        clock=world.clock,
+        spawn=world.spawn,
+        poke=world.poke,
+    )
+    return world
+
+
+async def change(world: Any, event: Any) -> None:
+    world.traces.heard(event)
+    world.reconciler.set_vertical(event, {"traceparent": "decision"})
+    await world.step(2)
+
+
+async def test_a_vertical_change_is_traced_until_it_is_in_force(traced: Any, make: Any, recorder: Recorder) -> None:
+    traced.reconciler.set_function(make.function())
+    traced.plan(1, make.planned(allocation=make.share(800, sm=50)))
+    await traced.step(2)
+    process = traced.process("f-0")
+    process.ready()
+    await traced.step()
+    process.instantly = False
+    await change(traced, make.vertical(allocation=make.share(200, sm=100)))
+    (applying,), (applied,) = recorder.named("agent.apply_vertical"), recorder.named("agent.applied")
+    assert applying.given["parent"] == "decision"
+    assert applied.given["parent"] == applying.traceparent
+    process.confirm()
+    await traced.step()
+    assert not applied.ended, "only the half that lowers is in force"
+    process.confirm()
+    await traced.step()
+    assert applied.ended
+    assert traced.traces.headers("f-0") == {"traceparent": applied.traceparent}
+    assert traced.traces.headers("f-0") == {}
+    assert len(recorder.named("agent.apply_vertical")) == 1
+
+
+async def test_an_unconfirmed_change_is_marked_so(traced: Any, make: Any, recorder: Recorder) -> None:
+    traced.reconciler.set_function(make.function())
+    traced.plan(1, make.planned())
+    await traced.step(2)
+    traced.process("f-0").instantly = False
+    await change(traced, make.vertical(allocation=make.share(200)))
+    traced.clock.advance(3)
+    await traced.step()
+    (applied,) = recorder.named("agent.applied")
+    assert "did not confirm" in applied.failure
+
+
+def test_a_plan_is_traced_until_it_is_carried_out_or_superseded(world: Any, recorder: Recorder) -> None:
+    traces = ShareTraces(recorder, world.clock, lambda instance: None)
+    traces.plan(PlanEvent("n", 1), {"traceparent": "scheduler"})
+    first = recorder.spans[0]
+    traces.settle_plan(False)
+    assert (first.name, first.given["parent"], first.ended) == ("agent.apply_plan", "scheduler", False)
+    traces.plan(PlanEvent("n", 2), {})
+    assert first.ended
+    traces.settle_plan(True)
+    assert recorder.spans[1].ended

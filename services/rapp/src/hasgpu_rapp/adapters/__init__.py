@@ -1,0 +1,1 @@
+"""Where rapp touches the world: its files and the node agents."""

@@ -1,0 +1,53 @@
+"""Asking a node agent to measure a function."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+import grpc.aio
+from hasgpu.node_agent.v1 import node_agent_pb2, node_agent_pb2_grpc
+from hasgpu_core.function import FunctionSpec
+from hasgpu_predictor import ProfilePoint
+from hasgpu_runtime import wire
+from hasgpu_runtime.rpc import from_rpc_error, open_channel
+from hasgpu_runtime.telemetry import Telemetry
+
+from hasgpu_rapp.world import ProfilePlace
+
+PROFILE_TIMEOUT_S = 600.0
+"""Of one run, waiting for other runs on the device and loading the model included."""
+
+
+class AgentProfiler:
+    """Implements `hasgpu_rapp.profiling.Measurer` over gRPC; one channel a run."""
+
+    def __init__(self, telemetry: Telemetry | None = None) -> None:
+        self._telemetry = telemetry
+
+    async def measure(self, place: ProfilePlace, spec: FunctionSpec) -> AsyncGenerator[ProfilePoint | str, None]:
+        """Yields points and progress in words. Raises HasgpuError: what the agent said, or that it is away."""
+        async with open_channel(place.address, telemetry=self._telemetry) as channel:
+            stub = node_agent_pb2_grpc.NodeAgentServiceStub(channel)
+            request = node_agent_pb2.ProfileRequest(spec=wire.spec_to_proto(spec), gpu=place.gpu)
+            try:
+                async for response in stub.Profile(request, timeout=PROFILE_TIMEOUT_S):
+                    if response.WhichOneof("event") == "point":
+                        yield point_from_proto(response.point)
+                    else:
+                        yield response.progress
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+
+def point_from_proto(point: node_agent_pb2.ProfilePoint) -> ProfilePoint:
+    """Converts a measurement; repetitions left out count as one."""
+    return ProfilePoint(
+        batch=point.batch,
+        sm_pct=point.sm_pct,
+        quota_permille=point.quota_permille,
+        latency_s=point.latency_ns / 1e9,
+        device_time_s=point.device_time_ns / 1e9,
+        longest_segment_s=point.longest_segment_ns / 1e9,
+        repetitions_count=point.repetitions_count or 1,
+    )

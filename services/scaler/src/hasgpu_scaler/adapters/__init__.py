@@ -1,0 +1,1 @@
+"""What ties the scaler's core to the store."""

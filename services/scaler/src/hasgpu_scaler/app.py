@@ -1,0 +1,292 @@
+"""The scaler's shell: observes, lets the core decide, stores what it decided, announces what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from hasgpu_core.errors import ConflictError, FencedError, UnavailableError
+from hasgpu_core.events import horizontal_subject, vertical_subject
+from hasgpu_core.policy.scaling import Decision
+from hasgpu_core.ports import Bus, CaughtUp, Clock, Fence
+from hasgpu_runtime import wire
+from hasgpu_runtime.telemetry import Telemetry
+
+from hasgpu_scaler.adapters.desired_store import DesiredStore
+from hasgpu_scaler.announce import Announcement, Announcer, Horizontal, Purge, Vertical
+from hasgpu_scaler.core import ScalerCore
+from hasgpu_scaler.decisions import DecisionLog, LoggedDecision
+from hasgpu_scaler.inputs import SUBSCRIBED, WATCHED, Inputs
+from hasgpu_scaler.manual import ManualRequest
+from hasgpu_scaler.records import DesiredRecord
+
+NOT_LEADING = "this process does not lead now: another one does, or the store is away"
+
+_log = logging.getLogger(__name__)
+
+
+class ScalerApp:
+    """One scaler process. Only the leader decides; the others keep themselves informed.
+
+    `fence` tells the leadership now held, None while another process leads; `fenced` is called when a write was refused
+    because that was no longer so; `poke` asks for a pass soon.
+    """
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        desired: DesiredStore,
+        clock: Clock,
+        core: ScalerCore,
+        telemetry: Telemetry,
+        fence: Callable[[], Fence | None],
+        fenced: Callable[[], None],
+        poke: Callable[[], None],
+    ) -> None:
+        self.core = core
+        self.log = DecisionLog()
+        self._announcer = Announcer()
+        self._inputs = Inputs(core, self._announcer)
+        self._bus = bus
+        self._desired = desired
+        self._clock = clock
+        self._telemetry = telemetry
+        self._fence = fence
+        self._fenced = fenced
+        self._poke = poke
+        self._caught_up = asyncio.Event()
+        self._loaded_token: int | None = None
+        self._lock = asyncio.Lock()
+        self._headers: dict[str, Mapping[str, str]] = {}
+        self._changed = asyncio.Event()
+        self._waiting_for = ""
+
+    @property
+    def leading(self) -> bool:
+        """Whether this process decides now."""
+        return self._fence() is not None
+
+    async def wait_caught_up(self) -> None:
+        """Returns once all last values have been read."""
+        await self._caught_up.wait()
+
+    # What comes in.
+
+    async def watch(self) -> None:
+        """Feeds the core with last values, for ever."""
+        async with self._bus.watch(*WATCHED) as changes:
+            async for change in changes:
+                if isinstance(change, CaughtUp):
+                    self._caught_up.set()
+                    self._poke()
+                elif self._inputs.on_change(change, self._clock.now_s()):
+                    self._poke()
+
+    async def listen(self) -> None:
+        """Feeds the core with demand and telemetry, for ever."""
+        async with self._bus.subscribe(*SUBSCRIBED) as messages:
+            async for message in messages:
+                if self._inputs.on_message(message, self._clock.now_s()):
+                    self._poke()
+
+    # The pass.
+
+    async def run_pass(self) -> None:
+        """Observes, decides and acts once; while bus or store are away it says so and leaves everything as it is."""
+        async with self._lock:
+            try:
+                await self._pass()
+            except UnavailableError as error:
+                self._wait_for(str(error))
+            except ConflictError as error:
+                # A write whose answer was lost, or another leader's: what is stored is right.
+                _log.warning("the desired state is read again: %s", error)
+                self._loaded_token = None
+            except FencedError as error:
+                _log.warning("no longer the leader: %s", error)
+                self._loaded_token = None
+                self._fenced()
+
+    async def _pass(self) -> None:
+        fence = await self._lead()
+        if fence is None:
+            return
+        await self._announce(fence)
+        for record in self.core.removals(self._clock.now_s()):
+            await self._commit(record, fence)
+            _log.info("%s: deleted, its instances are taken down", record.function)
+            await self._announce(fence)
+        decisions = self.core.tick(self._clock.now_s())
+        undone = {decision.function for decision in decisions}
+        try:
+            for decision in decisions:
+                await self._act(decision, fence)
+                undone.discard(decision.function)
+                await self._announce(fence)
+        finally:
+            for function in undone:
+                self.core.roll_back(function)
+        for function in self.core.to_forget():
+            await self._desired.delete(function, fence)
+            self.core.forget(function)
+            self._announcer.forget(function)
+            self.log.forget(function)
+            self._headers.pop(function, None)
+        self._wait_for("")
+
+    async def _lead(self) -> Fence | None:
+        """Returns the leadership, with the store's content read since it began; None: this process has to wait."""
+        fence = self._fence()
+        if fence is None:
+            if self._loaded_token is not None:
+                self._wait_for(NOT_LEADING)
+            self._loaded_token = None
+            return None
+        if not self._caught_up.is_set():
+            return None
+        if self._loaded_token != fence.token:
+            records, paused = await self._desired.load()
+            self.core.load(records, paused=paused)
+            self._announcer.reset()
+            self._loaded_token = fence.token
+            self._tell_watchers()
+            _log.info("leads with token %d; %d functions have a desired state", fence.token, len(records))
+        return fence
+
+    async def _act(self, decision: Decision, fence: Fence) -> None:
+        """Stores a decision and keeps it to be explained."""
+        if decision.function not in self.core.functions:
+            return  # deleted while the decisions before it were stored
+        unix_ns = self._clock.unix_ns()
+        record = self.core.next_record(decision, unix_ns)
+        if record is not None:
+            with self._telemetry.span("scaler.decide", attributes=_attributes(decision, record)):
+                await self._commit(record, fence)
+                self._log_decision(decision, record.revision, unix_ns, "policy")
+        else:
+            known = self.core.records.get(decision.function)
+            self._log_decision(decision, known.revision if known else 0, unix_ns, "policy")
+
+    async def _commit(self, record: DesiredRecord, fence: Fence) -> None:
+        await self._desired.save(record, fence)
+        self.core.commit(record)
+        self._headers[record.function] = self._telemetry.inject()
+        self._tell_watchers()
+
+    async def _announce(self, fence: Fence) -> None:
+        """Sends whatever the bus does not say yet; raises UnavailableError, and the next pass goes on from there."""
+        now_s = self._clock.now_s()
+        for item in self._announcer.due(self.core.records, now_s, fencing_token=fence.token):
+            await self._send(item)
+            self._announcer.sent(item, now_s)
+
+    async def _send(self, item: Announcement) -> None:
+        match item:
+            case Vertical(event):
+                await self._bus.put(
+                    vertical_subject(event.node, event.instance), wire.encode(event), self._headers.get(event.function)
+                )
+            case Horizontal(event, dedup_id):
+                await self._bus.send_command(
+                    horizontal_subject(event.function),
+                    wire.encode(event),
+                    dedup_id=dedup_id,
+                    headers=self._headers.get(event.function),
+                )
+            case Purge(node, instance):
+                await self._bus.delete(vertical_subject(node, instance))
+
+    # By hand.
+
+    async def scale_by_hand(self, request: ManualRequest) -> DesiredRecord:
+        """Stores and announces what was asked; returns the new desired state.
+
+        What is stored and can't be announced now is announced later. Raises as `ScalerCore.decide_manual`;
+        UnavailableError: this process does not lead, or the store is away.
+        """
+        async with self._lock:
+            fence = await self._lead_or_refuse()
+            decision, record = self.core.decide_manual(request, self._clock.now_s())
+            with self._telemetry.span("scaler.decide", attributes=_attributes(decision, record)):
+                await self._commit(record, fence)
+                self._log_decision(decision, record.revision, self._clock.unix_ns(), "manual")
+            try:
+                await self._announce(fence)
+            except UnavailableError as error:
+                self._wait_for(str(error))
+        return record
+
+    async def pause(self, function: str, *, paused: bool) -> None:
+        """Stops or resumes deciding, for a function or ("") for all; raises NotFoundError, UnavailableError."""
+        async with self._lock:
+            fence = await self._lead_or_refuse()
+            if not function:
+                await self._desired.save_paused(paused, fence)
+                self.core.set_paused(paused)
+                self._tell_watchers()
+            else:
+                record = self.core.pause(function, paused=paused)
+                if record is not None:
+                    await self._commit(record, fence)
+        self._poke()
+
+    async def _lead_or_refuse(self) -> Fence:
+        fence = await self._lead()
+        if fence is None:
+            raise UnavailableError("this scaler does not lead now", retry_after_s=1.0)
+        return fence
+
+    # For those who look on.
+
+    async def refresh(self) -> None:
+        """Reads the stored state where another process leads; raises UnavailableError."""
+        async with self._lock:
+            if not self.leading:
+                records, paused = await self._desired.load()
+                self.core.load(records, paused=paused)
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Yields at once and whenever a desired state may have changed."""
+        while True:
+            changed = self._changed
+            yield
+            await changed.wait()
+
+    def _tell_watchers(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_decision(self, decision: Decision, revision: int, unix_ns: int, origin: str) -> None:
+        event = self.core.functions.get(decision.function)
+        policy = self.core.policy.name if origin == "policy" else ""
+        self.log.add(LoggedDecision(decision, unix_ns, revision, origin, policy, event.spec.slo_ms if event else 0))
+        if decision.actions:
+            acts = ", ".join(
+                f"{a.kind.value} {a.instance} {a.from_permille}→{a.to_permille} ‰" for a in decision.actions
+            )
+            _log.info("%s r%d (%s): %s: %s", decision.function, revision, origin, acts, decision.reason)
+
+    def _wait_for(self, what: str) -> None:
+        """Says once that decisions wait, and once that they go on."""
+        if what and not self._waiting_for:
+            _log.warning("decisions wait: %s", what)
+        elif not what and self._waiting_for:
+            _log.info("decisions go on")
+        self._waiting_for = what
+
+
+def _attributes(decision: Decision, record: DesiredRecord) -> dict[str, str | int | float]:
+    attributes: dict[str, str | int | float] = {
+        "function": decision.function,
+        "revision": record.revision,
+        "reason": decision.reason,
+        "capacity_rps": decision.capacity_rps,
+        "queued_count": decision.queued_count,
+    }
+    if decision.observed_rps is not None:
+        attributes["observed_rps"] = decision.observed_rps
+    if decision.predicted_rps is not None:
+        attributes["predicted_rps"] = decision.predicted_rps
+    return attributes

@@ -1,0 +1,1 @@
+"""What ties the scheduler's core to the store."""

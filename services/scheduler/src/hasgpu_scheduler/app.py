@@ -1,0 +1,266 @@
+"""The scheduler's shell: feeds the core from the bus, stores what it decides, announces what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from hasgpu_core.errors import ConflictError, FencedError, InvalidError, UnavailableError
+from hasgpu_core.events import PlanEvent, plan_subject
+from hasgpu_core.ports import Bus, CaughtUp, Clock, Command, Fence, StateChange
+from hasgpu_runtime import wire
+from hasgpu_runtime.tasks import end_task
+from hasgpu_runtime.telemetry import Telemetry
+
+from hasgpu_scheduler.adapters.plan_store import PlanStore
+from hasgpu_scheduler.core import SchedulerCore
+
+WATCHED = ("node.>", "instance.>", "plan.>")
+COMMANDS = "scale.horizontal.>"
+CONSUMER = "scheduler"
+COMMAND_RETRY_S = 1.0
+"""A command that could not be taken in (the store is away, another leads) comes again after this long."""
+
+NOT_LEADING = "this process does not lead now: another one does, or the store is away"
+
+_log = logging.getLogger(__name__)
+
+
+class SchedulerApp:
+    """One scheduler process. Only the leader decides; the others keep themselves informed.
+
+    `fence` tells the leadership now held, None while another process leads; `fenced` is called when a write was refused
+    because that was no longer so; `poke` asks for a pass soon.
+    """
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        plans: PlanStore,
+        clock: Clock,
+        core: SchedulerCore,
+        telemetry: Telemetry,
+        fence: Callable[[], Fence | None],
+        fenced: Callable[[], None],
+        poke: Callable[[], None],
+    ) -> None:
+        self.core = core
+        self.clock = clock
+        self._bus = bus
+        self._plans = plans
+        self._telemetry = telemetry
+        self._fence = fence
+        self._fenced = fenced
+        self._poke = poke
+        self._caught_up = asyncio.Event()
+        self._loaded_token: int | None = None
+        self._lock = asyncio.Lock()
+        self._headers: dict[str, Mapping[str, str]] = {}
+        self._leads = asyncio.Event()
+        self._not_leads = asyncio.Event()
+        self._waiting_for = ""
+        self.leadership_changed()
+
+    @property
+    def leading(self) -> bool:
+        """Whether this process decides now."""
+        return self._fence() is not None
+
+    async def wait_caught_up(self) -> None:
+        """Returns once all last values have been read."""
+        await self._caught_up.wait()
+
+    # What comes in.
+
+    async def watch(self) -> None:
+        """Feeds the core with last values, for ever."""
+        async with self._bus.watch(*WATCHED) as changes:
+            async for change in changes:
+                now_s = self.clock.now_s()
+                self.core.heard(now_s)
+                if isinstance(change, CaughtUp):
+                    self.core.grace(now_s)
+                    self._caught_up.set()
+                    self._poke()
+                elif self._on_change(change, now_s):
+                    self._poke()
+
+    def _on_change(self, change: StateChange, now_s: float) -> bool:
+        """Takes a last value in; returns whether a pass is due before its time."""
+        kind, _, rest = change.subject.partition(".")
+        try:
+            match kind:
+                case "node" if change.payload is None:
+                    self.core.on_node_gone(rest)
+                    return True
+                case "node":
+                    return self.core.on_node(wire.decode_node(change.payload or b""), now_s)
+                case "instance" if change.payload is None:
+                    return self.core.on_instance_gone(rest.partition(".")[2])
+                case "instance":
+                    return self.core.on_instance(wire.decode_instance(change.payload or b""))
+                case "plan":
+                    plan = wire.decode_plan(change.payload) if change.payload is not None else None
+                    self.core.on_announced(rest, plan)
+        except InvalidError:
+            _log.exception("%s can't be read and is left out", change.subject)
+        return False
+
+    def leadership_changed(self) -> None:
+        """To be called whenever `fence` may have changed."""
+        if self.leading:
+            self._not_leads.clear()
+            self._leads.set()
+        else:
+            self._leads.clear()
+            self._not_leads.set()
+        self._poke()
+
+    async def take_commands(self) -> None:
+        """Takes commands in, for ever, while this process leads: what another one took out would wait for its turn."""
+        await self._caught_up.wait()
+        while True:
+            await self._leads.wait()
+            reading = asyncio.create_task(self._read_commands(), name="commands")
+            ending = asyncio.create_task(self._not_leads.wait(), name="leadership")
+            try:
+                await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
+                await end_task(reading)
+
+    async def _read_commands(self) -> None:
+        async with self._bus.commands(COMMANDS, consumer=CONSUMER) as commands:
+            async for command in commands:
+                try:
+                    await self._take(command)
+                except UnavailableError as error:
+                    # The bus went away with the command unsettled: it is delivered again.
+                    self._wait_for(str(error))
+
+    async def _take(self, command: Command) -> None:
+        try:
+            event = wire.decode_horizontal(command.payload)
+        except InvalidError:
+            _log.exception("%s: a command can't be read and is dropped", command.subject)
+            await command.ack()
+            return
+        async with self._lock:
+            try:
+                fence = await self._lead()
+                if fence is None:
+                    await command.retry(COMMAND_RETRY_S)
+                    return
+                if self.core.is_stale(event):
+                    _log.info("%s: revision %d is older than the last, left out", event.function, event.revision)
+                else:
+                    await self._plans.save_wanted(event, fence)
+                    self.core.accept(event, self.clock.now_s())
+                    _log.info(
+                        "%s r%d: %d instances wanted: %s",
+                        event.function,
+                        event.revision,
+                        len(event.instances),
+                        event.reason,
+                    )
+            except (UnavailableError, ConflictError, FencedError) as error:
+                self._on_failure(error)
+                await command.retry(COMMAND_RETRY_S)
+                return
+        await command.ack()
+        await self.run_pass(parent=self._telemetry.extract(command.headers))
+
+    # The pass.
+
+    async def run_pass(self, parent: str = "") -> None:
+        """Decides and acts once; while bus or store are away it says so and leaves everything as it is.
+
+        Args:
+            parent: The traceparent of what made it due; "" for none.
+        """
+        async with self._lock:
+            try:
+                await self._pass(parent)
+            except (UnavailableError, ConflictError, FencedError) as error:
+                self._on_failure(error)
+
+    async def _pass(self, parent: str) -> None:
+        fence = await self._lead()
+        if fence is None:
+            return
+        now_s = self.clock.now_s()
+        result = self.core.decide(now_s, fencing_token=fence.token)
+        for node in result.lost:
+            _log.warning("node %s is lost: no heartbeat", node)
+        for node in result.returned:
+            _log.info("node %s is back", node)
+        if result.plans:
+            with self._telemetry.span("scheduler.plan", parent=parent or None) as span:
+                span.set("nodes", [plan.node for plan in result.plans])
+                span.set("unplaced_count", len(result.unplaced))
+                for plan in result.plans:
+                    await self._plans.save_plan(plan, fence)
+                    self.core.commit(plan)
+                    self._headers[plan.node] = self._telemetry.inject()
+                    _log.info("plan %s r%d: %s", plan.node, plan.revision, plan.reason)
+        await self._announce()
+        for function in self.core.to_forget(now_s):
+            await self._plans.delete_wanted(function, fence)
+            self.core.forget(function)
+        for plan in self.core.suspects(now_s):
+            await self._put(plan)
+        self._wait_for("")
+
+    async def _announce(self) -> None:
+        """Puts the stored plans that the bus does not hold; raises UnavailableError, the next pass goes on."""
+        for plan in self.core.unannounced():
+            await self._put(plan)
+            self.core.on_announced(plan.node, plan)
+        for node in self.core.to_purge():
+            await self._bus.delete(plan_subject(node))
+            self.core.on_announced(node, None)
+
+    async def _put(self, plan: PlanEvent) -> None:
+        await self._bus.put(plan_subject(plan.node), wire.encode(plan), self._headers.get(plan.node))
+
+    async def _lead(self) -> Fence | None:
+        """Returns the leadership, with the store's content read since it began; None: this process has to wait."""
+        fence = self._fence()
+        if fence is None:
+            if self._loaded_token is not None:
+                self._wait_for(NOT_LEADING)
+            self._loaded_token = None
+            if self.core.plans or self.core.wanted:
+                self.core.load((), (), self.clock.now_s())  # what it knew as leader is another's to change now
+            return None
+        if not self._caught_up.is_set():
+            return None
+        if self._loaded_token != fence.token:
+            plans, wanted = await self._plans.load()
+            self.core.load(plans, wanted, self.clock.now_s())
+            self._loaded_token = fence.token
+            _log.info("leads with token %d; %d plans, %d functions", fence.token, len(plans), len(wanted))
+        return fence
+
+    def _on_failure(self, error: UnavailableError | ConflictError | FencedError) -> None:
+        match error:
+            case UnavailableError():
+                self._wait_for(str(error))
+            case ConflictError():
+                # A write whose answer was lost, or another leader's: what is stored is right.
+                _log.warning("the plans are read again: %s", error)
+                self._loaded_token = None
+            case FencedError():
+                _log.warning("no longer the leader: %s", error)
+                self._loaded_token = None
+                self._fenced()
+
+    def _wait_for(self, what: str) -> None:
+        """Says once that plans wait, and once that they go on."""
+        if what and not self._waiting_for:
+            _log.warning("plans wait: %s", what)
+        elif not what and self._waiting_for:
+            _log.info("plans go on")
+        self._waiting_for = what

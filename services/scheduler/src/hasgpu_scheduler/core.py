@@ -1,0 +1,276 @@
+"""What the scheduler knows and decides, without touching the world: events and times in, plans out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from hasgpu_core.events import HorizontalScaleEvent, InstanceEvent, NodeEvent, PlanEvent, PlannedInstance
+from hasgpu_core.policy.placement import NoRoom, Placement, place
+from hasgpu_core.resources import Allocation
+
+from hasgpu_scheduler.binding import Binding, NodeView, Unplaced, bind, device_states
+
+TOMBSTONE_S = 600.0
+"""How long a deleted function's last revision is remembered, so that a late command of it is known to be stale."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """A node and when it was last heard of, by this process's clock."""
+
+    event: NodeEvent | None
+    """None: only a plan is known of it, or its heartbeat was withdrawn."""
+    received_s: float
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass wants done."""
+
+    plans: tuple[PlanEvent, ...]
+    """Changed plans, in the order in which they have to be written: those that give up an instance first."""
+    unplaced: tuple[Unplaced, ...]
+    lost: tuple[str, ...]
+    """Nodes declared lost in this pass."""
+    returned: tuple[str, ...]
+    """Nodes heard of again since the last pass."""
+
+
+class SchedulerCore:
+    """The scheduler's state machine; one task drives it."""
+
+    def __init__(self, *, node_timeout_s: float, silence_s: float) -> None:
+        """Starts empty.
+
+        Args:
+            node_timeout_s: a node without a new heartbeat for this long is lost.
+            silence_s: when nothing at all was heard for this long, it is the bus that was away: no node is blamed,
+                and all get a whole `node_timeout_s` from its return on.
+        """
+        self._node_timeout_s = node_timeout_s
+        self._silence_s = silence_s
+        self._heard_s: float | None = None
+        self._nodes: dict[str, NodeRecord] = {}
+        self._wanted: dict[str, HorizontalScaleEvent] = {}
+        self._emptied_s: dict[str, float] = {}
+        self._plans: dict[str, PlanEvent] = {}
+        self._announced: dict[str, PlanEvent] = {}
+        self._reported: dict[str, InstanceEvent] = {}
+        self._unplaced: tuple[Unplaced, ...] = ()
+        self._changed_nodes: set[str] = set()
+
+    # What comes in.
+
+    def load(self, plans: Iterable[PlanEvent], wanted: Iterable[HorizontalScaleEvent], now_s: float) -> None:
+        """Takes over what the store holds (at the start of every leadership) and gives every node a new grace."""
+        self._plans = {plan.node: plan for plan in plans}
+        self._wanted = {event.function: event for event in wanted}
+        self._emptied_s = {event.function: now_s for event in self._wanted.values() if not event.instances}
+        self._nodes = {
+            name: replace(record, received_s=now_s)
+            for name, record in self._nodes.items()
+            if record.event is not None or name in self._plans
+        }
+        for name in self._plans:
+            self._nodes.setdefault(name, NodeRecord(None, now_s, alive=True))
+
+    def heard(self, now_s: float) -> None:
+        """Notes that the bus delivers; after a silence all nodes get a new grace."""
+        if self._heard_s is None or now_s - self._heard_s > self._silence_s:
+            self.grace(now_s)
+        self._heard_s = now_s
+
+    def grace(self, now_s: float) -> None:
+        """Takes all live nodes as heard of now: what they sent may have been missed."""
+        for name, record in self._nodes.items():
+            if record.alive:
+                self._nodes[name] = replace(record, received_s=now_s)
+
+    def on_node(self, event: NodeEvent, now_s: float) -> bool:
+        """Takes a heartbeat in; returns whether a pass is due (new, back, drains, other devices)."""
+        old = self._nodes.get(event.node)
+        if old is not None and not old.alive and old.event == event:
+            return False  # the last words of a lost node, delivered again
+        self._nodes[event.node] = NodeRecord(event, now_s, alive=True)
+        changed = (
+            old is None
+            or not old.alive
+            or old.event is None
+            or (old.event.devices, old.event.draining) != (event.devices, event.draining)
+        )
+        if old is not None and not old.alive:
+            self._changed_nodes.add(event.node)
+        return changed
+
+    def on_node_gone(self, node: str) -> None:
+        """The node's agent took its heartbeat back (an orderly end): it is lost at once."""
+        record = self._nodes.get(node)
+        if record is not None:
+            self._nodes[node] = NodeRecord(None, record.received_s, alive=False)
+
+    def on_instance(self, event: InstanceEvent) -> bool:
+        """Takes an instance's status in; returns whether its share or state differs from what was known."""
+        old = self._reported.get(event.instance)
+        self._reported[event.instance] = event
+        return old is None or (old.allocation_revision, old.state) != (event.allocation_revision, event.state)
+
+    def on_instance_gone(self, instance: str) -> bool:
+        """The agent has stopped the instance; returns whether it was known."""
+        return self._reported.pop(instance, None) is not None
+
+    def on_announced(self, node: str, plan: PlanEvent | None) -> None:
+        """Notes what the bus holds as the node's plan (None: nothing)."""
+        if plan is None:
+            self._announced.pop(node, None)
+        else:
+            self._announced[node] = plan
+
+    def is_stale(self, command: HorizontalScaleEvent) -> bool:
+        """Whether a newer revision of the function has been accepted before."""
+        known = self._wanted.get(command.function)
+        return known is not None and command.revision < known.revision
+
+    def accept(self, command: HorizontalScaleEvent, now_s: float) -> None:
+        """Makes a command the function's wanted state (once it is stored); the same revision may come again."""
+        self._wanted[command.function] = command
+        if command.instances:
+            self._emptied_s.pop(command.function, None)
+        else:
+            self._emptied_s.setdefault(command.function, now_s)
+
+    # What is decided.
+
+    def decide(self, now_s: float, *, fencing_token: int) -> PassResult:
+        """Runs a pass: who is lost, then what runs where.
+
+        The changed plans take effect here when `commit` is called with each, once it is stored.
+        """
+        lost = self._lapse(now_s)
+        binding = bind(self.views(), self._wanted, self.planned(), self._reported)
+        self._unplaced = binding.unplaced
+        changed = [
+            PlanEvent(
+                node=node,
+                revision=self._next_revision(node),
+                instances=instances,
+                fencing_token=fencing_token,
+                reason=self._reason(node, instances, binding, lost),
+            )
+            for node, instances in binding.plans.items()
+            if node not in self._plans or self._plans[node].instances != instances
+        ]
+        changed.sort(key=lambda plan: (not self._gives_up(plan), plan.node))
+        returned = tuple(sorted(self._changed_nodes))
+        self._changed_nodes.clear()
+        return PassResult(tuple(changed), binding.unplaced, lost, returned)
+
+    def commit(self, plan: PlanEvent) -> None:
+        """Notes that a plan is stored: it is the truth from now on."""
+        self._plans[plan.node] = plan
+
+    def unannounced(self) -> tuple[PlanEvent, ...]:
+        """Returns the stored plans that the bus does not hold yet, except of nodes that are gone for good."""
+        return tuple(
+            plan
+            for node, plan in sorted(self._plans.items())
+            if self._announced.get(node) != plan and not self._is_forgotten(node)
+        )
+
+    def to_purge(self) -> tuple[str, ...]:
+        """Returns nodes that ended in order and run nothing, whose plan the bus still holds."""
+        return tuple(node for node in sorted(self._announced) if self._is_forgotten(node))
+
+    def to_forget(self, now_s: float) -> tuple[str, ...]:
+        """Returns functions deleted long enough ago that nothing of them can come any more."""
+        return tuple(sorted(fn for fn, since_s in self._emptied_s.items() if now_s - since_s > TOMBSTONE_S))
+
+    def forget(self, function: str) -> None:
+        """Drops a deleted function."""
+        self._wanted.pop(function, None)
+        self._emptied_s.pop(function, None)
+
+    def suspects(self, now_s: float) -> tuple[PlanEvent, ...]:
+        """Returns the plans to announce again to hear whether the bus delivers: nothing was heard for a while."""
+        if self._heard_s is not None and now_s - self._heard_s < self._silence_s / 3:
+            return ()
+        return tuple(self._announced[node] for node in sorted(self._announced))[:1]
+
+    # What others may look at.
+
+    @property
+    def unplaced(self) -> tuple[Unplaced, ...]:
+        """As of the last pass."""
+        return self._unplaced
+
+    @property
+    def nodes(self) -> Mapping[str, NodeRecord]:
+        """All nodes known, by name."""
+        return self._nodes
+
+    @property
+    def plans(self) -> Mapping[str, PlanEvent]:
+        """The stored plans, by node."""
+        return self._plans
+
+    @property
+    def shown_plans(self) -> Mapping[str, PlanEvent]:
+        """The stored plans where this process leads, what is announced of the others where it does not."""
+        return {**self._announced, **self._plans}
+
+    @property
+    def wanted(self) -> Mapping[str, HorizontalScaleEvent]:
+        """The last accepted command of each function."""
+        return self._wanted
+
+    def views(self) -> dict[str, NodeView]:
+        """Returns the nodes as placement sees them."""
+        return {name: NodeView(record.event, record.alive) for name, record in self._nodes.items()}
+
+    def planned(self) -> dict[str, tuple[PlannedInstance, ...]]:
+        """Returns what each node's plan holds."""
+        return {node: plan.instances for node, plan in self._plans.items()}
+
+    def what_if(self, allocation: Allocation) -> Placement | NoRoom:
+        """Returns where an allocation would go now; changes nothing."""
+        return place(allocation, device_states(self.views(), self.planned()))
+
+    def _lapse(self, now_s: float) -> tuple[str, ...]:
+        """Declares lost who was silent for too long while the bus was not."""
+        if self._heard_s is None or now_s - self._heard_s > self._silence_s:
+            return ()
+        lost = []
+        for name, record in sorted(self._nodes.items()):
+            if record.alive and now_s - record.received_s > self._node_timeout_s:
+                self._nodes[name] = replace(record, alive=False)
+                lost.append(name)
+        return tuple(lost)
+
+    def _next_revision(self, node: str) -> int:
+        """One more than any revision known, be it stored or (after a loss of the store) only announced."""
+        stored, announced = self._plans.get(node), self._announced.get(node)
+        return 1 + max(stored.revision if stored else 0, announced.revision if announced else 0)
+
+    def _gives_up(self, plan: PlanEvent) -> bool:
+        old = self._plans.get(plan.node)
+        return old is not None and not {p.instance for p in old.instances} <= {p.instance for p in plan.instances}
+
+    def _is_forgotten(self, node: str) -> bool:
+        record, plan = self._nodes.get(node), self._plans.get(node)
+        return (record is None or (record.event is None and not record.alive)) and (plan is None or not plan.instances)
+
+    def _reason(
+        self, node: str, instances: tuple[PlannedInstance, ...], binding: Binding, lost: tuple[str, ...]
+    ) -> str:
+        """Says in words what a new plan changes."""
+        old = {p.instance: p for p in self._plans[node].instances} if node in self._plans else {}
+        new = {p.instance: p for p in instances}
+        parts = [binding.notes.get(instance, f"{instance} added") for instance in new if instance not in old]
+        gone = [instance for instance in old if instance not in new]
+        if gone:
+            parts.append(f"{', '.join(gone)} out" + (f" (node {node} is lost)" if node in lost else ""))
+        changed = [f"{i} {new[i].allocation.request_permille} ‰" for i in new if i in old and new[i] != old[i]]
+        if changed:
+            parts.append(f"shares: {', '.join(changed)}")
+        return "; ".join(parts) or "runs nothing yet"

@@ -1,0 +1,74 @@
+"""SchedulerService: what the cluster looks like, and where something would go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hasgpu.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from hasgpu_core.errors import InvalidError
+from hasgpu_core.events import PlannedInstance
+from hasgpu_core.policy.placement import NoRoom
+from hasgpu_core.resources import DeviceInfo
+from hasgpu_runtime import wire
+
+from hasgpu_scheduler.app import SchedulerApp
+from hasgpu_scheduler.binding import rows_of
+
+
+class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Answers from the core's state; changes nothing."""
+
+    def __init__(self, app: SchedulerApp) -> None:
+        self._app = app
+
+    async def GetCluster(
+        self, request: scheduler_pb2.GetClusterRequest, context: Any
+    ) -> scheduler_pb2.GetClusterResponse:
+        """Returns every node known with its devices, rows and planned instances, and what is placed nowhere."""
+        return scheduler_pb2.GetClusterResponse(
+            nodes=[self._node(name) for name in sorted(self._app.core.nodes)],
+            unplaced=[
+                scheduler_pb2.Unplaced(
+                    function=item.function, instance=wire.desired_instance_to_proto(item.desired), reason=item.reason
+                )
+                for item in self._app.core.unplaced
+            ],
+            leader=self._app.leading,
+        )
+
+    async def WhatIf(self, request: scheduler_pb2.WhatIfRequest, context: Any) -> scheduler_pb2.WhatIfResponse:
+        """Returns where the allocation would go now; raises InvalidError for an allocation that can't be."""
+        if not request.HasField("allocation"):
+            raise InvalidError("allocation", expected="an allocation", got="nothing")
+        allocation = wire.allocation_from_proto(request.allocation)
+        allocation.validate()
+        found = self._app.core.what_if(allocation)
+        if isinstance(found, NoRoom):
+            return scheduler_pb2.WhatIfResponse(fits=False, reason=found.reason)
+        return scheduler_pb2.WhatIfResponse(
+            fits=True, node=found.node, gpu=found.gpu, row=found.row, reason=found.reason
+        )
+
+    def _node(self, name: str) -> scheduler_pb2.Node:
+        record = self._app.core.nodes[name]
+        plan = self._app.core.shown_plans.get(name)
+        planned = plan.instances if plan else ()
+        event = record.event
+        return scheduler_pb2.Node(
+            name=name,
+            address=event.address if event else "",
+            alive=record.alive and event is not None,
+            heartbeat_age_ms=max(0, round((self._app.clock.now_s() - record.received_s) * 1e3)),
+            devices=[_device(device, planned) for device in (event.devices if event else ())],
+            plan_revision=plan.revision if plan else 0,
+            draining=event.draining if event else False,
+        )
+
+
+def _device(device: DeviceInfo, planned: tuple[PlannedInstance, ...]) -> scheduler_pb2.DeviceStatus:
+    mine = [item for item in planned if item.gpu == device.gpu]
+    return scheduler_pb2.DeviceStatus(
+        device=wire.device_info_to_proto(device),
+        rows=[wire.row_to_proto(row) for row in rows_of(mine)],
+        instances=[wire.planned_instance_to_proto(item) for item in mine],
+    )
