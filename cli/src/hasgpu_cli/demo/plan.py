@@ -16,9 +16,12 @@ from hasgpu_core.errors import UnavailableError
 
 from hasgpu_cli.rates import HASGPU_RATES_RPS, spread
 
-PEAK_SHARES: Mapping[str, float] = {"minilm": 0.25, "resnet18": 0.25}
-"""Part of a whole device's capacity that a function's highest rate needs; half is left to the services and the load
-generator, which run on the same cores."""
+PEAK_SHARE = 0.3
+"""Part of the device that each function's highest rate should need. The two together then need somewhat more than the
+half of the SMs in whose row both first instances start, so that the peak adds an instance elsewhere; what is left of the
+device is for the services and the load generator, which run on the same cores."""
+UTILISATION = 0.9
+"""Part of its capacity that the scaler lets a rate fill (`ScalingSettings.target_utilisation`)."""
 SLO_LATENCIES = 6.0
 """The objective, in latencies of one request at half the device and half its time."""
 SLO_STEP_MS = 50
@@ -45,10 +48,10 @@ def choose_slo_ms(surface: Mapping[str, Any]) -> int:
 
 def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_s: float) -> FunctionPlan:
     """Scales the published rates so that the highest needs the function's part of a device; raises UnavailableError."""
-    whole_rps = max((point["capacity_millirps"] for point in surface["points"]), default=0) / 1e3
-    if whole_rps <= 0:
-        raise UnavailableError(f"{name}: no configuration meets an objective of {slo_ms} ms on this machine")
-    peak_rps = PEAK_SHARES[name] * whole_rps
+    share_rps = _capacity_rps(surface, PEAK_SHARE)
+    if share_rps <= 0:
+        raise UnavailableError(f"{name}: no share of this machine meets an objective of {slo_ms} ms")
+    peak_rps = UTILISATION * share_rps
     factor = peak_rps / max(HASGPU_RATES_RPS)
     stage_s = replay_s / len(HASGPU_RATES_RPS)
     due_s = spread([rate * factor for rate in HASGPU_RATES_RPS], stage_s)
@@ -56,10 +59,20 @@ def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_
     notes = (
         f"Objective {slo_ms} ms: {SLO_LATENCIES:g} times the {latency_ms:.0f} ms predicted for one request at half the "
         f"device and half its time (at least {SMALLEST_SLO_MS} ms).",
-        f"Load: the published rates times {factor:.3f}, so that the peak of {peak_rps:.1f} requests/s needs "
-        f"{100 * PEAK_SHARES[name]:.0f} % of the {whole_rps:.1f} requests/s predicted for the whole device.",
+        f"Load: the published rates times {factor:.3f}; their peak of {peak_rps:.1f} requests/s fills "
+        f"{100 * UTILISATION:.0f} % of the capacity predicted for {100 * PEAK_SHARE:.0f} % of the device.",
     )
     return FunctionPlan(name, slo_ms, factor, due_s, notes)
+
+
+def _capacity_rps(surface: Mapping[str, Any], share: float) -> float:
+    """The largest capacity that costs at most a share of the device; 0.0 for none."""
+    affordable = [
+        point["capacity_millirps"]
+        for point in surface["points"]
+        if point["sm_pct"] / 100 * point["quota_permille"] / 1_000 <= share + 1e-9
+    ]
+    return max(affordable, default=0) / 1e3
 
 
 def _latency_us(surface: Mapping[str, Any], *, sm_pct: int, quota_permille: int) -> int:

@@ -24,6 +24,7 @@ from hasgpu_cli.demo.report_data import DemoRun, FunctionRun, report_json
 from hasgpu_cli.demo.tracker import Tracker
 from hasgpu_cli.home import Home
 from hasgpu_cli.load import Replay, run_open_loop
+from hasgpu_cli.options import make_console
 from hasgpu_cli.sender import LARGEST_ERROR, FunctionSender, largest_difference
 from hasgpu_cli.spec import read_deployment
 from hasgpu_cli.stack import Stack
@@ -56,9 +57,7 @@ class DemoOptions:
 
 def run_demo(options: DemoOptions) -> None:
     """Runs the demo; raises HasgpuError when an answer is wrong or something does not work. Stops what it started."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = make_console()
     examples = find_examples(options.examples)
     home = options.home or Home(Path(tempfile.mkdtemp(prefix="hasgpu-demo-")))
     if up.running(home) is not None:
@@ -275,25 +274,22 @@ def _show(run: DemoRun, out: Path, console: Console) -> None:
 
     data, page = write_report(run, out)
     report = report_json(run)
-    table = Table(
-        *("function", "requests", "ok", "wrong", "p50", "p95", "p99", "SLO ms", "in time", "device-s", "whole"),
-        *("quota ↑ ↓", "instances + -"),
-    )
+    table = Table("function", "ok", "wrong", "p50 p95 p99 ms", "SLO", "in time", "device-s", "quota", "instances")
     for name, f in report["functions"].items():
         actions = f["actions"]
         table.add_row(
             name,
-            *(str(f[key]) for key in ("requests", "ok", "wrong_outputs")),
-            *("-" if f[key] is None else f"{f[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+            f"{f['ok']} of {f['requests']}",
+            str(f["wrong_outputs"]),
+            " ".join("-" if f[key] is None else f"{f[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
             str(f["slo_ms"]),
             f"{100 * (f['slo_attainment'] or 0):.1f} %",
-            f"{f['device_seconds']:.1f}",
-            f"{f['whole_device_seconds']:.0f}",
-            f"{actions['vertical_up']} {actions['vertical_down']}",
-            f"{actions['horizontal_up']} {actions['horizontal_down']}",
+            f"{f['device_seconds']:.1f} of {f['whole_device_seconds']:.0f}",
+            f"↑{actions['vertical_up']} ↓{actions['vertical_down']}",
+            f"+{actions['horizontal_up']} -{actions['horizontal_down']}",
         )
     console.print(table)
-    console.print(f"{data}\n{page}")
+    console.print(f"{data}\n{page}", soft_wrap=True)
     for name, f in report["functions"].items():
         if f["wrong_outputs"]:
             raise ModelError(f"{name}: {f['wrong_outputs']} of {f['ok']} answers are wrong")
