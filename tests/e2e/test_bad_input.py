@@ -172,13 +172,14 @@ def spec_yaml(tmp_path: pathlib.Path, **changes: str) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("name: [unclosed\nformat: python\n", ["line"]),
+        ("name: [unclosed\nformat: python\n", ["function.yaml:2:", "malformed YAML"]),
         ("just text", ["mapping"]),
         ("name: x\nformat: python\n", ["inputs"]),
     ],
 )
 def test_malformed_yaml_is_told_where(system: System, tmp_path: pathlib.Path, content: str, words: list[str]) -> None:
     (tmp_path / "function.yaml").write_text(content)
+    (tmp_path / "handler.py").write_text("def infer(batch): return batch\n")
     done = system.cli("deploy", str(tmp_path / "function.yaml"), check=False)
     assert done.returncode == 1
     for word in words:
@@ -222,7 +223,9 @@ def test_an_objective_that_nothing_can_meet_is_told(system: System, tmp_path: pa
     try:
 
         def infeasible() -> str:
-            return str((system.json("describe", "hopeless").get("capacity") or {}).get("infeasible_reason") or "")
+            return str(
+                (system.json("describe", "hopeless")["function"]["capacity"] or {}).get("infeasible_reason") or ""
+            )
 
         reason = eventually(infeasible, within_s=60)
         assert "1 ms" in reason
@@ -258,7 +261,7 @@ def test_an_artifact_with_a_wrong_digest_is_refused(system: System) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "sha256" in caught.value.details()
     assert "0" * 64 in caught.value.details()
-    assert "forged" not in [f["name"] for f in system.json("functions")]
+    assert "forged" not in [f["spec"]["name"] for f in system.json("functions")]
 
 
 def test_deploying_a_name_twice_is_refused_without_replace(system: System) -> None:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hasgpu_system import EXAMPLES, ROOT, System
@@ -16,10 +17,12 @@ TRITON_PYTHON = ROOT / ".venv" / "tritonclient" / "bin" / "python"
 
 
 @pytest.fixture(scope="module")
-def deployed(system: System) -> System:
+def deployed(system: System) -> Iterator[System]:
     for name in ("minilm", "resnet18"):
         system.cli("deploy", str(EXAMPLES / name / "function.yaml"), "--wait", timeout_s=200)
-    return system
+    yield system
+    for name in ("minilm", "resnet18"):
+        system.cli("delete", name)
 
 
 @pytest.mark.skipif(not TRITON_PYTHON.exists(), reason="make test sets up .venv/tritonclient; plain pytest does not")

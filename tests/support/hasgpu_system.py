@@ -100,7 +100,7 @@ class System:
         return list(self.json("status")["units"])
 
     def instances(self, function: str) -> list[dict[str, Any]]:
-        return list(self.json("describe", function)["instances"])
+        return list(self.json("describe", function)["function"]["instances"])
 
     @contextmanager
     def stub(self) -> Iterator[Any]:

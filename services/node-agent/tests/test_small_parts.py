@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import tarfile
@@ -15,6 +16,7 @@ from hasgpu_core.events import instance_subject
 from hasgpu_core.function import Artifact
 from hasgpu_core.ports import CaughtUp
 from hasgpu_node_agent.adapters.artifacts import ArtifactCache
+from hasgpu_node_agent.agent import run_until_one_fails
 from hasgpu_node_agent.meters import AllocationMeter, BusyMeter
 from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.publisher import BusPublisher
@@ -129,3 +131,44 @@ async def test_bytes_of_another_digest_are_refused(make: Any, tmp_path: Path) ->
     with pytest.raises(IntegrityError):
         await cache.fetch(spec)
     assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+async def test_loops_end_even_when_one_swallows_its_cancellation() -> None:
+    swallowed = 0
+
+    async def stubborn() -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed += 1
+                if swallowed > 1:
+                    raise
+
+    async def quiet() -> None:
+        await asyncio.Event().wait()
+
+    running = asyncio.ensure_future(run_until_one_fails([stubborn(), quiet()]))
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait({running})
+    assert running.cancelled()
+    assert swallowed == 2
+
+
+async def test_a_loop_that_fails_ends_the_others_with_its_error() -> None:
+    ended: list[str] = []
+
+    async def failing() -> None:
+        raise UnavailableError("gone")
+
+    async def other() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("other")
+
+    with pytest.raises(UnavailableError, match="gone"):
+        await run_until_one_fails([other(), failing()])
+    assert ended == ["other"]

@@ -18,15 +18,18 @@ from hasgpu_cli.rates import HASGPU_RATES_RPS, spread
 
 PEAK_SHARE = 0.3
 """Part of the device that each function's highest rate should need. The two together then need somewhat more than the
-half of the SMs in whose row both first instances start, so that the peak adds an instance elsewhere; what is left of the
+half of the SMs in whose row both first instances start, so that the peak adds an instance elsewhere; the rest of the
 device is for the services and the load generator, which run on the same cores."""
 UTILISATION = 0.9
 """Part of its capacity that the scaler lets a rate fill (`ScalingSettings.target_utilisation`)."""
 SLO_LATENCIES = 6.0
 """The objective, in latencies of one request at half the device and half its time."""
 SLO_STEP_MS = 50
-SMALLEST_SLO_MS = 250
-"""On two busy cores a process may wait for some tens of milliseconds for a core, whatever its share of the device."""
+SMALLEST_SLO_MS = 400
+"""On two busy cores a process may wait for some tens of milliseconds for a core, whatever its share of the device, and
+the load trebles from one stage to the next, which the scaler answers in a second or two."""
+MOST_PEAK_RPS = 60.0
+"""A request costs the gateway and the load generator about as much as a small model; they need cores too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_
     share_rps = _capacity_rps(surface, PEAK_SHARE)
     if share_rps <= 0:
         raise UnavailableError(f"{name}: no share of this machine meets an objective of {slo_ms} ms")
-    peak_rps = UTILISATION * share_rps
+    peak_rps = min(MOST_PEAK_RPS, UTILISATION * share_rps)
     factor = peak_rps / max(HASGPU_RATES_RPS)
     stage_s = replay_s / len(HASGPU_RATES_RPS)
     due_s = spread([rate * factor for rate in HASGPU_RATES_RPS], stage_s)
@@ -60,7 +63,7 @@ def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_
         f"Objective {slo_ms} ms: {SLO_LATENCIES:g} times the {latency_ms:.0f} ms predicted for one request at half the "
         f"device and half its time (at least {SMALLEST_SLO_MS} ms).",
         f"Load: the published rates times {factor:.3f}; their peak of {peak_rps:.1f} requests/s fills "
-        f"{100 * UTILISATION:.0f} % of the capacity predicted for {100 * PEAK_SHARE:.0f} % of the device.",
+        f"{100 * peak_rps / share_rps:.0f} % of the capacity predicted for {100 * PEAK_SHARE:.0f} % of the device.",
     )
     return FunctionPlan(name, slo_ms, factor, due_s, notes)
 

@@ -91,4 +91,5 @@ def _instance_status(event: InstanceEvent) -> pb.InstanceStatus:
         restarts_count=event.restarts_count,
         address=event.address,
         allocation_revision=event.allocation_revision,
+        pid=event.pid,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
 from hasgpu_core.errors import FencedError, HasgpuError, InvalidError, UnavailableError
 from hasgpu_core.events import (
@@ -48,6 +49,7 @@ RETRY_S = 0.5
 """While the bus is away."""
 MAX_OBSERVATIONS = 64
 """Of one instance between two events."""
+END_AGAIN_S = 0.2
 ORPHAN_GRACE_S = 30.0
 """A bus that knows no plan of this node for so long (not even an empty one) means that it is to run nothing."""
 
@@ -156,21 +158,21 @@ class NodeAgent:
 
     # The loops
 
-    async def run(self) -> None:
-        """Adopts what runs, then follows the bus until it is cancelled."""
+    async def run(self, ready: Callable[[], Awaitable[None]]) -> None:
+        """Adopts what runs, then follows the bus until it is cancelled or a loop fails; `ready` is called once."""
         self._adopt()
-        async with asyncio.TaskGroup() as tasks:
-            for loop in (
-                self._listen(),
-                self._reconcile(),
-                self._tick(),
-                self._publish(),
-                self._beat(),
-                self._beat_node(),
-                self._measure_devices(),
-                self._measure_instances(),
-            ):
-                tasks.create_task(loop)
+        loops = (
+            self._listen(),
+            self._announce(ready),
+            self._reconcile(),
+            self._tick(),
+            self._publish(),
+            self._beat(),
+            self._beat_node(),
+            self._measure_devices(),
+            self._measure_instances(),
+        )
+        await run_until_one_fails(loops)
 
     def let_go(self) -> None:
         """Stops looking at the workers, which serve on; after `run` has ended."""
@@ -270,6 +272,10 @@ class NodeAgent:
                     continue
                 if event.node == self._node and event.instance not in self._reconciler.instances:
                     self._publisher.gone(event.function, event.instance)
+
+    async def _announce(self, ready: Callable[[], Awaitable[None]]) -> None:
+        await self.caught_up.wait()
+        await ready()
 
     async def _reconcile(self) -> None:
         await self.caught_up.wait()
@@ -376,6 +382,28 @@ class NodeAgent:
             observed_unix_ns=self._clock.unix_ns(),
             allocated_gpu_ns=allocation.gpu_ns,
         )
+
+
+async def run_until_one_fails(coroutines: Iterable[Coroutine[object, object, None]]) -> None:
+    """Runs all until one fails or this is cancelled, and ends the others.
+
+    A task is cancelled again when it goes on: up to Python 3.11 `asyncio.wait_for`, which the NATS client uses,
+    swallows a cancellation that arrives together with its result (https://github.com/python/cpython/issues/86296), and
+    a TaskGroup, which cancels its tasks once, would then wait for ever.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        while pending := [task for task in tasks if not task.done()]:
+            for task in pending:
+                task.cancel()
+            # Being cancelled again meanwhile changes nothing: this is the ending already.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(pending, timeout=END_AGAIN_S)
+    failures = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+    if failures:
+        raise failures[0]
 
 
 async def _end(process: WorkerProcess) -> None:

@@ -93,6 +93,10 @@ class Node:
         )
         node_agent_pb2_grpc.add_NodeAgentServiceServicer_to_server(servicer, self.server)
 
+    async def _ready(self) -> None:
+        await self.server.set_serving(True)
+        log.info("node %s serves at %s", self.settings.node, self.address)
+
     async def stop(self) -> None:
         """Ends the node's workers in an orderly way, if that is wanted; while `run` runs."""
         await self.server.set_serving(False)
@@ -109,11 +113,7 @@ class Node:
         with self._folders.locked():
             await self.server.start()
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self.agent.run())
-                    await self.agent.caught_up.wait()
-                    await self.server.set_serving(True)
-                    log.info("node %s serves at %s", self.settings.node, self.address)
+                await self.agent.run(self._ready)
             finally:
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._client.close()
