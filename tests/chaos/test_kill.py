@@ -30,11 +30,11 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 def whole(system: System) -> bool:
-    status = system.json("status")
+    instances = system.instances("tricky")
     return (
-        all(s["state"] == "serving" for s in status["services"])
-        and all(i["state"] == "ready" for i in system.instances("tricky"))
-        and len(system.instances("tricky")) >= 1
+        all(unit["health"] in ("serving", "running") for unit in system.units())
+        and len(instances) >= 1
+        and all(instance["state"] == "ready" for instance in instances)
     )
 
 
