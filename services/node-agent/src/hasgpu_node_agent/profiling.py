@@ -26,7 +26,7 @@ from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BUDGET_S = 12.0
+DEFAULT_BUDGET_S = 8.0
 LONGEST_BUDGET_S = 600.0
 DEFAULT_QUOTAS_PERMILLE = (1_000, 500, 200)
 REPETITIONS = 12

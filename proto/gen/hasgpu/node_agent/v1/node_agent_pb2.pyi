@@ -109,7 +109,7 @@ class ProfileRequest(_message.Message):
     QUOTAS_PERMILLE_FIELD_NUMBER: _builtins.int
     gpu: _builtins.str
     budget_ms: _builtins.int
-    """Measuring stops after this time; 0: 12 s."""
+    """Measuring stops after this time; 0: 8 s."""
     @_builtins.property
     def spec(self) -> _common_pb2.FunctionSpec: ...
     @_builtins.property

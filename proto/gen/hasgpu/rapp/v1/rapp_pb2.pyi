@@ -271,7 +271,7 @@ class ModelCard(_message.Message):
     sha256: _builtins.str
     rows_count: _builtins.int
     mape_pct: _builtins.float
-    """Mean absolute percentage error, leave-one-out over rows; absent with fewer than 8 rows."""
+    """Mean absolute percentage error, 5-fold over rows; absent with fewer than 8 rows."""
     train_s: _builtins.float
     trained_unix_ns: _builtins.int
     @_builtins.property
