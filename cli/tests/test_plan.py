@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hasgpu_cli.demo.plan import SMALLEST_SLO_MS, choose_slo_ms, plan_function
+from hasgpu_cli.demo.plan import MOST_PEAK_RPS, MOST_SHARE, SMALLEST_SLO_MS, FunctionPlan, choose_slo_ms, plan_functions
 from hasgpu_core.errors import UnavailableError
 
 
@@ -31,13 +31,25 @@ def test_the_objective_is_a_multiple_of_the_latency_and_has_a_floor() -> None:
     assert choose_slo_ms(surface(5, 10)) == SMALLEST_SLO_MS
 
 
-def test_the_peak_fills_the_chosen_share() -> None:
-    plan = plan_function("f", surface(50, 100), slo_ms=300, replay_s=100)
-    assert plan.factor == pytest.approx(0.9 * 30 / 15)
+def planned(**surfaces: dict[str, Any]) -> dict[str, FunctionPlan]:
+    slos_ms = dict.fromkeys(surfaces, 300)
+    return {plan.name: plan for plan in plan_functions(surfaces, slos_ms=slos_ms, replay_s=100)}
+
+
+def test_the_peaks_fill_their_shares() -> None:
+    plan = planned(a=surface(50, 50), b=surface(50, 100))["a"]
+    # on this grid b gets 25 of its 28 %, and a 30 of the 31 % that are left
+    assert plan.factor == pytest.approx(0.9 * 30 / 100 * 50 / 15)
     assert max(plan.due_s) < 100
     assert len(plan.due_s) == pytest.approx(2690 / 250 * 100 * plan.factor, abs=1)
 
 
+def test_what_a_fast_function_leaves_goes_to_the_slow_one() -> None:
+    plans = planned(slow=surface(50, 50), fast=surface(5, 1_000))
+    assert plans["fast"].factor == pytest.approx(MOST_PEAK_RPS / 15)
+    assert plans["slow"].factor == pytest.approx(0.9 * MOST_SHARE * 50 / 15)
+
+
 def test_a_machine_that_is_too_slow_is_told() -> None:
-    with pytest.raises(UnavailableError, match="no share of this machine meets an objective of 300 ms"):
-        plan_function("f", surface(50, 0), slo_ms=300, replay_s=100)
+    with pytest.raises(UnavailableError, match="a: 28 % of this device meets an objective of 300 ms at no rate"):
+        planned(a=surface(50, 0), b=surface(50, 0))

@@ -16,10 +16,12 @@ from hasgpu_core.errors import UnavailableError
 
 from hasgpu_cli.rates import HASGPU_RATES_RPS, spread
 
-PEAK_SHARE = 0.3
-"""Part of the device that each function's highest rate should need. The two together then need somewhat more than the
-half of the SMs in whose row both first instances start, so that the peak adds an instance elsewhere; the rest of the
-device is for the services and the load generator, which run on the same cores."""
+TOGETHER_SHARE = 0.56
+"""Part of the device that the functions' highest rates should need together: somewhat more than the half of the SMs in
+whose row their first instances start, so that the peak adds an instance elsewhere; the rest of the device is for the
+services and the load generator, which run on the same cores."""
+MOST_SHARE = 0.4
+"""Part of the device that one function's highest rate may need."""
 UTILISATION = 0.9
 """Part of its capacity that the scaler lets a rate fill (`ScalingSettings.target_utilisation`)."""
 SLO_LATENCIES = 6.0
@@ -28,7 +30,7 @@ SLO_STEP_MS = 50
 SMALLEST_SLO_MS = 400
 """On two busy cores a process may wait for some tens of milliseconds for a core, whatever its share of the device, and
 the load trebles from one stage to the next, which the scaler answers in a second or two."""
-MOST_PEAK_RPS = 60.0
+MOST_PEAK_RPS = 45.0
 """A request costs the gateway and the load generator about as much as a small model; they need cores too."""
 
 
@@ -49,12 +51,37 @@ def choose_slo_ms(surface: Mapping[str, Any]) -> int:
     return max(SMALLEST_SLO_MS, math.ceil(SLO_LATENCIES * latency_ms / SLO_STEP_MS) * SLO_STEP_MS)
 
 
-def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_s: float) -> FunctionPlan:
-    """Scales the published rates so that the highest needs the function's part of a device; raises UnavailableError."""
-    share_rps = _capacity_rps(surface, PEAK_SHARE)
-    if share_rps <= 0:
-        raise UnavailableError(f"{name}: no share of this machine meets an objective of {slo_ms} ms")
-    peak_rps = min(MOST_PEAK_RPS, UTILISATION * share_rps)
+def plan_functions(
+    surfaces: Mapping[str, Mapping[str, Any]], *, slos_ms: Mapping[str, int], replay_s: float
+) -> list[FunctionPlan]:
+    """Scales the published rates for each function so that the peaks together need their part of the device.
+
+    The parts are equal, except that what a function can't use because MOST_PEAK_RPS bounds it goes to the others.
+    Raises UnavailableError when a function's part meets its objective at no rate.
+    """
+    left_share = TOGETHER_SHARE
+    shares: dict[str, tuple[float, float]] = {}
+    fastest_first = sorted(surfaces, key=lambda name: (-_capacity_rps(surfaces[name], MOST_SHARE), name))
+    for index, name in enumerate(fastest_first):
+        share = min(MOST_SHARE, left_share / (len(fastest_first) - index))
+        capacity_rps = _capacity_rps(surfaces[name], share)
+        if capacity_rps <= 0:
+            raise UnavailableError(
+                f"{name}: {100 * share:.0f} % of this device meets an objective of {slos_ms[name]} ms at no rate"
+            )
+        peak_rps = min(MOST_PEAK_RPS, UTILISATION * capacity_rps)
+        share = _share_for(surfaces[name], peak_rps / UTILISATION)
+        shares[name] = (peak_rps, share)
+        left_share -= share
+    return [
+        _plan(name, surface, slo_ms=slos_ms[name], peak_rps=shares[name][0], share=shares[name][1], replay_s=replay_s)
+        for name, surface in surfaces.items()
+    ]
+
+
+def _plan(
+    name: str, surface: Mapping[str, Any], *, slo_ms: int, peak_rps: float, share: float, replay_s: float
+) -> FunctionPlan:
     factor = peak_rps / max(HASGPU_RATES_RPS)
     stage_s = replay_s / len(HASGPU_RATES_RPS)
     due_s = spread([rate * factor for rate in HASGPU_RATES_RPS], stage_s)
@@ -62,10 +89,20 @@ def plan_function(name: str, surface: Mapping[str, Any], *, slo_ms: int, replay_
     notes = (
         f"Objective {slo_ms} ms: {SLO_LATENCIES:g} times the {latency_ms:.0f} ms predicted for one request at half the "
         f"device and half its time (at least {SMALLEST_SLO_MS} ms).",
-        f"Load: the published rates times {factor:.3f}; their peak of {peak_rps:.1f} requests/s fills "
-        f"{100 * peak_rps / share_rps:.0f} % of the capacity predicted for {100 * PEAK_SHARE:.0f} % of the device.",
+        f"Load: the published rates times {factor:.3f}; their peak of {peak_rps:.1f} requests/s needs "
+        f"{100 * share:.0f} % of the device, as predicted.",
     )
     return FunctionPlan(name, slo_ms, factor, due_s, notes)
+
+
+def _share_for(surface: Mapping[str, Any], rate_rps: float) -> float:
+    """The smallest share whose capacity covers a rate; that of the whole device when none does."""
+    enough = [
+        point["sm_pct"] / 100 * point["quota_permille"] / 1_000
+        for point in surface["points"]
+        if point["capacity_millirps"] / 1e3 >= rate_rps - 1e-6
+    ]
+    return min(enough, default=1.0)
 
 
 def _capacity_rps(surface: Mapping[str, Any], share: float) -> float:

@@ -17,7 +17,7 @@ from hasgpu_core.errors import HasgpuError, ModelError, UnavailableError
 from hasgpu_cli import functions, up
 from hasgpu_cli.client import Target
 from hasgpu_cli.commands.replay import progress_display
-from hasgpu_cli.demo.plan import FunctionPlan, choose_slo_ms, plan_function
+from hasgpu_cli.demo.plan import FunctionPlan, choose_slo_ms, plan_functions
 from hasgpu_cli.demo.references import FUNCTIONS, References, compute_references, find_examples
 from hasgpu_cli.demo.report import write_report
 from hasgpu_cli.demo.report_data import DemoRun, FunctionRun, report_json
@@ -145,7 +145,7 @@ async def _deploy(target: Target, examples: Path, replay_s: float, console: Cons
             progress[name] = text
             say("; ".join(f"{key}: {value}" for key, value in progress.items()))
 
-        async def one(name: str) -> FunctionPlan:
+        async def one(name: str) -> Mapping[str, Any]:
             await functions.deploy(target, read_deployment(examples / name / "function.yaml"), replace=True)
             function = await functions.wait_until_ready(
                 target,
@@ -154,11 +154,11 @@ async def _deploy(target: Target, examples: Path, replay_s: float, console: Cons
                 profiled=True,
                 on_progress=lambda text: on_progress(name, text),
             )
-            return await _plan(target, function, replay_s)
+            return function
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(name)) for name in FUNCTIONS]
-    plans = [task.result() for task in tasks]
+        plans = await _plan(target, [task.result() for task in tasks], replay_s)
     for plan in plans:
         console.print(
             f"  {plan.name}: objective {plan.slo_ms} ms, {len(plan.due_s)} requests (the rates times {plan.factor:.3f})"
@@ -166,17 +166,22 @@ async def _deploy(target: Target, examples: Path, replay_s: float, console: Cons
     return plans
 
 
-async def _plan(target: Target, function: Mapping[str, Any], replay_s: float) -> FunctionPlan:
-    """Sets the function's objective from its profile and waits for the capacity table made for it."""
-    name, model = function["spec"]["name"], function["capacity"]["device_model"]
-    slo_ms = choose_slo_ms(await functions.surface(target, name, model))
-    await functions.update_function(target, name, slo_ms=slo_ms)
+async def _plan(target: Target, deployed: Sequence[Mapping[str, Any]], replay_s: float) -> list[FunctionPlan]:
+    """Sets the objectives from the profiles, waits for the capacity tables made for them, and plans the loads."""
+    slos_ms, surfaces = {}, {}
+    for function in deployed:
+        name, model = function["spec"]["name"], function["capacity"]["device_model"]
+        slos_ms[name] = choose_slo_ms(await functions.surface(target, name, model))
+        await functions.update_function(target, name, slo_ms=slos_ms[name])
     until_s = time.monotonic() + TABLE_WITHIN_S
-    while (surface := await functions.surface(target, name, model))["slo_ms"] != slo_ms:
-        if time.monotonic() > until_s:
-            raise UnavailableError(f"{name}: no capacity table for {slo_ms} ms after {TABLE_WITHIN_S:.0f} s")
-        await asyncio.sleep(STATUS_PERIOD_S)
-    return plan_function(name, surface, slo_ms=slo_ms, replay_s=replay_s)
+    for function in deployed:
+        name, model = function["spec"]["name"], function["capacity"]["device_model"]
+        while (surface := await functions.surface(target, name, model))["slo_ms"] != slos_ms[name]:
+            if time.monotonic() > until_s:
+                raise UnavailableError(f"{name}: no table for {slos_ms[name]} ms after {TABLE_WITHIN_S:.0f} s")
+            await asyncio.sleep(STATUS_PERIOD_S)
+        surfaces[name] = surface
+    return plan_functions(surfaces, slos_ms=slos_ms, replay_s=replay_s)
 
 
 async def _check(channel: grpc.aio.Channel, name: str, references: References) -> float:
