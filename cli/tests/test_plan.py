@@ -38,8 +38,8 @@ def planned(**surfaces: dict[str, Any]) -> dict[str, FunctionPlan]:
 
 def test_the_peaks_fill_their_shares() -> None:
     plan = planned(a=surface(50, 50), b=surface(50, 100))["a"]
-    # on this grid b gets 25 of its 28 %, and a 30 of the 31 % that are left
-    assert plan.factor == pytest.approx(0.9 * 30 / 100 * 50 / 15)
+    # on this grid b gets 20 of its 24 %, and a 25 of the 28 % that are left
+    assert plan.factor == pytest.approx(0.9 * 25 / 100 * 50 / 15)
     assert max(plan.due_s) < 100
     assert len(plan.due_s) == pytest.approx(2690 / 250 * 100 * plan.factor, abs=1)
 
@@ -47,9 +47,11 @@ def test_the_peaks_fill_their_shares() -> None:
 def test_what_a_fast_function_leaves_goes_to_the_slow_one() -> None:
     plans = planned(slow=surface(50, 50), fast=surface(5, 1_000))
     assert plans["fast"].factor == pytest.approx(MOST_PEAK_RPS / 15)
-    assert plans["slow"].factor == pytest.approx(0.9 * MOST_SHARE * 50 / 15)
+    largest_on_grid = 0.3
+    assert largest_on_grid <= MOST_SHARE
+    assert plans["slow"].factor == pytest.approx(0.9 * largest_on_grid * 50 / 15)
 
 
 def test_a_machine_that_is_too_slow_is_told() -> None:
-    with pytest.raises(UnavailableError, match="a: 28 % of this device meets an objective of 300 ms at no rate"):
+    with pytest.raises(UnavailableError, match="a: 24 % of this device meets an objective of 300 ms at no rate"):
         planned(a=surface(50, 0), b=surface(50, 0))
