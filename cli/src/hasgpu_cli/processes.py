@@ -52,6 +52,7 @@ def stop_processes(processes: Iterable[psutil.Process], *, grace_s: float) -> in
     asked = list(processes)
     for process in asked:
         _signal(process, signal.SIGTERM)
+        _signal(process, signal.SIGCONT)  # a stopped process hears nothing else but SIGKILL
     _, alive = psutil.wait_procs(asked, timeout=grace_s)
     for process in alive:
         _signal(process, signal.SIGKILL)

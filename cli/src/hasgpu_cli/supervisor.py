@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,7 @@ class CommandUnit:
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
+        self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing else but SIGKILL
         try:
             self._process.wait(self.grace_s)
         except subprocess.TimeoutExpired:

@@ -18,8 +18,8 @@ from hasgpu_cli.rates import HASGPU_RATES_RPS, spread
 
 TOGETHER_SHARE = 0.48
 """Part of the device that the functions' highest rates should need together. With what the scaler keeps free on top,
-that is somewhat more than the half of the SMs in whose row their first instances start, so that the peak adds an instance
-elsewhere; the rest of the device is for the services and the load generator, which run on the same cores."""
+that is somewhat more than the half of the SMs in whose row their first instances start, so that the peak adds an
+instance elsewhere; the rest of the device is for the services and the load generator, which run on the same cores."""
 MOST_SHARE = 0.32
 """Part of the device that one function's highest rate may need."""
 UTILISATION = 0.9
