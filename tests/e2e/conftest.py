@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Callable, Iterator
 
 import pytest
-from hasgpu_system import FUNCTIONS, System
+from hasgpu_system import FUNCTIONS, System, eventually
 from otlp_sink import OtlpSink
+
+IDLE_TO_ZERO_S = 3
+"""As the system's scaler is told; only functions with `min: 0` mind."""
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +24,11 @@ def sink() -> Iterator[OtlpSink]:
 def system(tmp_path_factory: pytest.TempPathFactory, sink: OtlpSink) -> Iterator[System]:
     running = System(
         tmp_path_factory.mktemp("home"),
-        env={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{sink.port}", "OTEL_EXPORTER_OTLP_INSECURE": "true"},
+        env={
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{sink.port}",
+            "OTEL_EXPORTER_OTLP_INSECURE": "true",
+            "HASGPU_SCALER_IDLE_TO_ZERO_S": str(IDLE_TO_ZERO_S),
+        },
     )
     try:
         running.up()
@@ -28,3 +36,33 @@ def system(tmp_path_factory: pytest.TempPathFactory, sink: OtlpSink) -> Iterator
         yield running
     finally:
         running.down()
+
+
+@pytest.fixture(scope="session")
+def scale(system: System) -> Callable[..., None]:
+    """Scales by hand once there is room: what an earlier test deleted gives its room back within seconds."""
+
+    def run(*arguments: str) -> None:
+        def done() -> bool:
+            return system.cli("scale", *arguments, check=False).returncode == 0
+
+        eventually(done, within_s=30)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def copy_of_tricky(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """Makes the folder of a function that is `tricky` but for some keys of its declaration; gives the YAML's path."""
+
+    def make(**changes: str) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp("function")
+        lines = (FUNCTIONS / "tricky" / "function.yaml").read_text().splitlines()
+        kept = [line for line in lines if line.split(":")[0] not in changes]
+        (folder / "function.yaml").write_text(
+            "\n".join([*kept, *(f"{key}: {value}" for key, value in changes.items())])
+        )
+        (folder / "handler.py").write_text((FUNCTIONS / "tricky" / "handler.py").read_text())
+        return folder / "function.yaml"
+
+    return make

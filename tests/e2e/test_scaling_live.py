@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hasgpu_system import SteadyLoad, System, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-def test_a_quota_changes_under_load_without_a_restart(system: System) -> None:
+def test_a_quota_changes_under_load_without_a_restart(system: System, scale: Callable[..., None]) -> None:
     before = system.instances("tricky")
     assert len(before) == 1
     with SteadyLoad(system, "tricky", period_s=0.05) as load:
         for quota_pct in (60, 20, 80):
-            system.cli("scale", "tricky", "--quota", str(quota_pct), "--hold", "30")
+            scale("tricky", "--quota", str(quota_pct), "--hold", "30")
 
             def in_force(quota_permille: int = quota_pct * 10) -> bool:
                 return [i["allocation"]["request_permille"] for i in system.instances("tricky")] == [quota_permille]
@@ -29,7 +31,7 @@ def test_a_quota_changes_under_load_without_a_restart(system: System) -> None:
     assert any(d["origin"] == "manual" for d in reasons)
 
 
-def test_no_request_is_lost_when_an_instance_retires(system: System) -> None:
+def test_no_request_is_lost_when_an_instance_retires(system: System, scale: Callable[..., None]) -> None:
     def ready_count(wanted: int) -> bool:
         return [i["state"] for i in system.instances("tricky")] == ["ready"] * wanted
 
@@ -40,9 +42,9 @@ def test_no_request_is_lost_when_an_instance_retires(system: System) -> None:
         return ready_count(1)
 
     with SteadyLoad(system, "tricky", period_s=0.03) as load:
-        system.cli("scale", "tricky", "--quota", "30", "--instances", "2", "--hold", "60")
+        scale("tricky", "--quota", "30", "--instances", "2", "--hold", "60")
         eventually(two_ready, within_s=40)
-        system.cli("scale", "tricky", "--instances", "1", "--hold", "10")
+        scale("tricky", "--instances", "1", "--hold", "10")
         eventually(one_ready, within_s=30)
     assert load.errors == []
     assert load.ok_count == load.sent_count > 50

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hasgpu_system import System, eventually
 from otlp_sink import OtlpSink, Span
@@ -44,8 +46,10 @@ def test_a_request_is_one_trace(system: System, sink: OtlpSink) -> None:
 @pytest.mark.parametrize(
     ("change", "names"), [(["--quota", "70"], VERTICAL), (["--quota", "30", "--instances", "2"], HORIZONTAL)]
 )
-def test_a_scaling_decision_is_one_trace(system: System, sink: OtlpSink, change: list[str], names: set[str]) -> None:
-    system.cli("scale", "tricky", *change, "--hold", "5")
+def test_a_scaling_decision_is_one_trace(
+    scale: Callable[..., None], sink: OtlpSink, change: list[str], names: set[str]
+) -> None:
+    scale("tricky", *change, "--hold", "5")
 
     def found() -> list[Span]:
         return trace_with(sink, names)
@@ -53,4 +57,4 @@ def test_a_scaling_decision_is_one_trace(system: System, sink: OtlpSink, change:
     spans = eventually(found, within_s=40)
     assert_connected(spans)
     assert {"hasgpu-scaler", "hasgpu-node-agent"} <= {span.service for span in spans}
-    system.cli("scale", "tricky", "--quota", "30", "--instances", "1", "--hold", "1")
+    scale("tricky", "--quota", "30", "--instances", "1", "--hold", "1")

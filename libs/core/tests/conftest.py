@@ -143,8 +143,11 @@ class Bench:
         assert again == (decided, state), "equal arguments must give equal results"
         self.state = state
         self.now_s += dt_s
+        # Shares of those that are there change in milliseconds, long before a new instance is bound.
         for decision in decided:
-            self._apply(decision)
+            self._resize(decision)
+        for decision in decided:
+            self._start(decision)
         self.decisions += decided
         return {decision.function: decision for decision in decided}
 
@@ -163,16 +166,18 @@ class Bench:
             if not view.standby
         }
 
-    def _apply(self, decision: Decision) -> None:
+    def _resize(self, decision: Decision) -> None:
         views = self.instances[decision.function]
         wanted = {want.instance: want for want in decision.desired}
         assert list(wanted) == sorted(wanted)
         for name in [name for name in views if name not in wanted]:
             del views[name]
-        for name, want in wanted.items():
-            if name in views:
-                views[name] = replace(views[name], allocation=want.allocation, standby=want.standby)
-            else:
+        for name in views:
+            views[name] = replace(views[name], allocation=wanted[name].allocation, standby=wanted[name].standby)
+
+    def _start(self, decision: Decision) -> None:
+        for want in decision.desired:
+            if want.instance not in self.instances[decision.function]:
                 self._bind(decision.function, want, self.start_state)
         self.ordinals[decision.function] = decision.next_ordinal
 

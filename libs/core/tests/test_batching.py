@@ -79,6 +79,30 @@ def test_discard_and_expiry() -> None:
     assert queue.oldest_due_s() is None
 
 
+def test_who_can_be_in_time_goes_before_who_is_late() -> None:
+    items = [waiting(0, due_s=1.0), waiting(1, due_s=2.0), waiting(2, due_s=8.0), waiting(3, due_s=9.0)]
+    queue = filled(*items)
+    assert queue.form_batch(5.0, max_rows=1, latency_s=lambda n: 1.0) == [items[2]]
+    assert queue.form_batch(6.0, max_rows=1, latency_s=lambda n: 1.0) == [items[3]]
+    assert queue.oldest_due_s() == 1.0
+    assert queue.form_batch(7.0, max_rows=1, latency_s=lambda n: 1.0) == [items[0]]
+    assert queue.form_batch(8.0, max_rows=1, latency_s=lambda n: 1.0) == [items[1]]
+
+
+def test_late_requests_fill_what_is_left_but_make_nobody_late() -> None:
+    late = [waiting(i, due_s=0.1) for i in range(3)]
+    timely = waiting(9, due_s=1.0)
+    batch = filled(*late, timely).form_batch(0.5, max_rows=8, latency_s=lambda n: 0.15 * n)
+    assert batch == [timely, late[0], late[1]]
+
+
+def test_one_that_is_nearly_late_does_not_force_small_batches_on_all_behind_it() -> None:
+    """Alone it would be in time at 1 row a 10 ms; let go late with the others, 7 rows are in time in 24 ms."""
+    items = [waiting(0, due_s=0.011), *(waiting(i, due_s=0.3) for i in range(1, 20))]
+    batch = filled(*items).form_batch(0.0, max_rows=8, latency_s=lambda n: 0.008 + 0.002 * n)
+    assert batch == items[:8]
+
+
 @given(st.integers(1, 400))
 def test_heaps_do_not_keep_what_is_gone(count: int) -> None:
     queue: EdfQueue[Thing] = EdfQueue(max_count=1000)
@@ -88,7 +112,7 @@ def test_heaps_do_not_keep_what_is_gone(count: int) -> None:
         item = waiting(i, due_s=i, signature=str(i))
         queue.push(item)
         queue.discard(item.request)
-    held = len(queue._due) + len(queue._deadline) + sum(map(len, queue._by_signature.values()))
+    held = queue._timely.size + queue._late.size + len(queue._deadline)
     assert held <= 3 * 67
     assert queue.form_batch(0.0, max_rows=1, latency_s=lambda n: None) == [stays]
 
@@ -100,6 +124,9 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.queue: EdfQueue[Thing] = EdfQueue(max_count=30)
         self.model: list[Waiting[Thing]] = []
+        self.late: set[int] = set()
+        """Those that were found to be late; kept alive by `everything`."""
+        self.everything: list[Waiting[Thing]] = []
         self.sequence = 0
 
     @rule(due=st.integers(0, 20), late=st.integers(0, 20), rows=st.integers(1, 4), signature=st.sampled_from("abc"))
@@ -112,6 +139,7 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.queue.push(item)
             self.model.append(item)
+            self.everything.append(item)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -133,14 +161,47 @@ class QueueMachine(RuleBasedStateMachine):
         if not batch:
             return
         order = sorted(self.model, key=lambda m: (m.due_s, m.sequence))
-        same = [m for m in order if m.signature == order[0].signature]
-        assert batch == same[: len(batch)]
+        timely = [m for m in order if id(m) not in self.late]
+        while timely and now + per_row * timely[0].rows > timely[0].due_s:
+            self.late.add(id(timely.pop(0)))
+        late = [m for m in order if id(m) in self.late]
+        assert batch[0] is (timely or late)[0]
         rows = sum(item.rows for item in batch)
         assert rows <= max_rows or len(batch) == 1
-        if len(batch) > 1 and now + per_row * batch[0].rows <= batch[0].due_s:
-            assert now + per_row * rows <= batch[0].due_s
+        from_timely = [m for m in batch if id(m) not in self.late]
+        from_late = [m for m in batch if id(m) in self.late]
+        assert from_timely == [m for m in timely if m.signature == batch[0].signature][: len(from_timely)]
+        assert from_late == [m for m in late if m.signature == batch[0].signature][: len(from_late)]
+        assert batch == from_timely + from_late
+        if timely:
+            self.assert_most_in_time(from_timely, timely, rows, now, max_rows, per_row)
         for item in batch:
             self.model.remove(item)
+
+    def assert_most_in_time(
+        self,
+        chosen: list[Waiting[Thing]],
+        timely: list[Waiting[Thing]],
+        all_rows: int,
+        now: int,
+        max_rows: int,
+        per_row: float,
+    ) -> None:
+        """No other number of requests in due order is much better in rows in time a second; late ones harm nobody."""
+
+        def rate(items: list[Waiting[Thing]], rows: int) -> float:
+            return sum(i.rows for i in items if now + per_row * rows <= i.due_s) / max(per_row * rows, 1e-6)
+
+        same = [m for m in timely if m.signature == chosen[0].signature]
+        own_rows = sum(i.rows for i in chosen)
+        for count in range(1, len(same) + 1):
+            rows = sum(i.rows for i in same[:count])
+            if count > 1 and rows > max_rows:
+                break
+            assert 0.9 * rate(same[:count], rows) <= rate(chosen, own_rows) * (1 + 1e-9)
+        in_time = [i for i in chosen if now + per_row * own_rows <= i.due_s]
+        assert in_time
+        assert all(now + per_row * all_rows <= i.due_s for i in in_time)
 
     @invariant()
     def agrees(self) -> None:

@@ -25,7 +25,7 @@ def test_no_data_is_none_and_not_zero() -> None:
     assert tracker.view("f", 0.0).age_s == math.inf
     tracker.observe(event(100, 0.0, queued_count=1), 0.0)
     assert tracker.view("f", 0.0).rate_rps is None
-    assert tracker.view("f", 0.0).queued_count == 1
+    assert tracker.view("f", 0.0).queued_items_count == 1
     tracker.observe(event(100, 1.0), 1.0)
     assert tracker.view("f", 1.0).rate_rps == 0.0
 
@@ -40,6 +40,24 @@ def test_rates_are_of_the_window_and_summed_over_gateways() -> None:
         tracker.observe(event(round(4 * at_s), at_s, gateway="h"), at_s)
     assert rate == 30
     assert tracker.view("f", 10.0).rate_rps == pytest.approx(34.0)
+
+
+def test_rates_and_queues_are_in_items() -> None:
+    tracker = DemandTracker()
+    tracker.observe(event(100, 0.0, arrived_items_count=400), 0.0)
+    tracker.observe(event(110, 1.0, arrived_items_count=440, queued_count=3, queued_items_count=12), 1.0)
+    view = tracker.view("f", 1.0)
+    assert (view.rate_rps, view.queued_items_count, view.items_per_request) == (pytest.approx(40.0), 12, 4.0)
+    tracker.observe(event(5, 2.0, epoch="e2", arrived_items_count=20), 2.0)
+    assert tracker.view("f", 2.0).rate_rps == pytest.approx(30.0)  # (440 + 20 - 400) in 2 s: counted on
+
+
+def test_a_gateway_that_does_not_count_items_has_one_a_request() -> None:
+    tracker = DemandTracker()
+    tracker.observe(event(0, 0.0), 0.0)
+    tracker.observe(event(10, 1.0, queued_count=2), 1.0)
+    view = tracker.view("f", 1.0)
+    assert (view.rate_rps, view.queued_items_count, view.items_per_request) == (pytest.approx(10.0), 2, 1.0)
 
 
 def test_lost_doubled_and_late_messages_do_no_harm() -> None:

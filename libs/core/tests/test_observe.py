@@ -129,4 +129,4 @@ def test_demand_reaches_the_view(make: Any) -> None:
         event = DemandEvent("f", "g", "e", round(at_s * 1e9), count, 0, 0, 0, 0, 2, 0, 0, 0, None, None, None)
         seen.apply_demand(event, at_s)
     assert seen.snapshot(1.0).functions[0].demand.rate_rps == 5.0
-    assert seen.snapshot(1.0).functions[0].demand.queued_count == 2
+    assert seen.snapshot(1.0).functions[0].demand.queued_items_count == 2

@@ -168,7 +168,7 @@ def test_from_zero_no_gain_jumps_to_the_maximum(make: Any, bench: Any) -> None:
     world = bench(*(make.device(f"n{i}") for i in range(8)))
     world.deploy(make.spec(min_instances=0, max_instances=100), make.table())
     world.start_state = InstanceState.LOADING
-    world.run(3, f=DemandView(2.0, queued_count=500, oldest_wait_s=5.0))
+    world.run(3, f=DemandView(2.0, queued_items_count=500, oldest_wait_s=5.0))
     assert len(world.requests()) == 1
 
 
@@ -177,8 +177,8 @@ def test_a_backlog_makes_quotas_grow(make: Any, bench: Any) -> None:
     world.deploy(make.spec(), make.table())
     world.put("f", permille=200)
     world.run(2, f=8.0)
-    assert kinds([world.tick(f=DemandView(8.0, queued_count=1))["f"]]) == []
-    assert kinds([world.tick(f=DemandView(8.0, queued_count=40))["f"]]) == [UP]
+    assert kinds([world.tick(f=DemandView(8.0, queued_items_count=1))["f"]]) == []
+    assert kinds([world.tick(f=DemandView(8.0, queued_items_count=40))["f"]]) == [UP]
     assert "with 40 queued" in world.decisions[-1].reason
 
 
@@ -197,6 +197,34 @@ def test_missed_slo_raises_the_need_in_bounds_and_lapses(make: Any, bench: Any) 
     assert needed <= 3.0 * 8.0 / 0.9 + 1e-6
     assert capacity < 2 * 3.0 * 8.0 / 0.9
     assert kinds(world.run(25, f=DemandView(8.0, p95_s=0.1)))[-1] is DOWN
+
+
+def test_what_the_feedback_asks_for_falls_with_the_load(make: Any, bench: Any) -> None:
+    world = bench()
+    world.deploy(make.spec(), make.table())
+    world.put("f", permille=200)
+    assert world.run(5, f=8.0) == []
+    world.run(40, f=DemandView(8.0, p95_s=0.5))
+    asked = world.decisions[-1].needed_rps
+    assert asked is not None
+    assert asked > 1.5 * 8.0 / 0.9
+    world.run(6, f=DemandView(1.0, p95_s=0.1))  # well before the 15 s after which it lapses
+    assert "asks for" in world.decisions[-1].reason
+    needed = world.decisions[-1].needed_rps
+    assert needed is not None
+    assert needed <= 3.0 * 1.1 / 0.9 + 1e-6
+
+
+def test_a_backlog_that_stays_although_quotas_are_at_their_ceiling_asks_for_an_instance(make: Any, bench: Any) -> None:
+    """The table claims enough for the rate; the backlog says otherwise, and no quota can help."""
+    world = bench()
+    world.deploy(make.spec(), make.table())
+    world.put("f", sm_pct=50, permille=1000)
+    demand = DemandView(80.0, queued_items_count=60, oldest_wait_s=2.0, p95_s=0.5)
+    world.run(4, f=demand)
+    assert set(world.requests()) == {"f-0"}  # a short backlog is no reason for a cold start
+    world.run(30, f=demand)
+    assert len(world.requests()) > 1
 
 
 # Shrinking
@@ -298,7 +326,7 @@ def test_scale_to_zero_needs_an_idle_period_with_nothing_waiting_or_running(make
     world.deploy(make.spec(min_instances=0), make.table())
     world.tick(f=0.0)
     assert world.requests() == {}
-    world.tick(f=DemandView(None, queued_count=1))  # the first request is held, and starts one (KServe #2882)
+    world.tick(f=DemandView(None, queued_items_count=1))  # the first request is held, and starts one (KServe #2882)
     assert len(world.requests()) == 1
     world.run(29, f=0.0)
     world.run(2, f=DemandView(0.0, in_flight_count=1))
@@ -358,7 +386,7 @@ def test_failing_instances_are_not_multiplied(make: Any, bench: Any) -> None:
     world = bench(*(make.device(f"n{i}") for i in range(4)))
     world.deploy(make.spec(), make.table())
     world.start_state = InstanceState.FAILED
-    world.run(60, f=DemandView(100.0, queued_count=50, oldest_wait_s=3.0))
+    world.run(60, f=DemandView(100.0, queued_items_count=50, oldest_wait_s=3.0))
     assert len(world.requests()) == 1
     assert "has failed" in world.decisions[-1].reason
 
@@ -412,7 +440,7 @@ def test_one_stuck_on_its_way_counts_as_failed(make: Any, bench: Any) -> None:
 def test_an_slo_that_nothing_meets_keeps_one_at_its_best(make: Any, bench: Any) -> None:
     world = bench()
     world.deploy(make.spec(slo_ms=1), make.table(slo_ms=1))
-    world.run(60, f=DemandView(50.0, queued_count=10, oldest_wait_s=1.0, p95_s=2.0))
+    world.run(60, f=DemandView(50.0, queued_items_count=10, oldest_wait_s=1.0, p95_s=2.0))
     assert world.requests() == {"f-0": 1000}
     assert "no configuration meets the SLO of 1 ms" in world.decisions[-1].reason
 
@@ -457,7 +485,7 @@ def test_from_zero_a_standby_answers_without_a_cold_start(make: Any, bench: Any)
     world.tick(f=0.0)
     assert world.requests() == {}
     (parked,) = world.instances["f"]
-    decision = world.tick(f=DemandView(0.0, queued_count=1))["f"]
+    decision = world.tick(f=DemandView(0.0, queued_items_count=1))["f"]
     assert [(a.kind, a.instance) for a in decision.actions if a.instance == parked] == [(UP, parked)]
     assert parked in world.requests()
     assert "(standby) becomes active" in decision.reason
@@ -508,7 +536,7 @@ def test_whatever_comes_bounds_hold(make: Any, bench: Any, steps: Any, min_insta
     world.deploy(make.spec("g"), make.table("g"))
     for rate, queued, p95_s, state in steps:
         world.start_state = state
-        world.tick(f=DemandView(rate, queued_count=queued, p95_s=p95_s, oldest_wait_s=queued / 50), g=rate)
+        world.tick(f=DemandView(rate, queued_items_count=queued, p95_s=p95_s, oldest_wait_s=queued / 50), g=rate)
         assert min_instances <= len(world.requests("f")) <= 4
         for view in (*world.instances["f"].values(), *world.instances["g"].values()):
             view.allocation.validate()

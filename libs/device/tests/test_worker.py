@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -175,6 +176,21 @@ def test_a_worker_serves_and_drains(start: Callable[..., Worker], make_config: M
     assert counters.heartbeat_unix_ns > 0
     worker.process.send_signal(signal.SIGTERM)
     assert worker.process.wait(60) == 0
+
+
+def test_a_quiet_stream_outlives_the_pings_of_its_caller(start: Callable[..., Worker], make_config: MakeConfig) -> None:
+    worker = start(make_config(ECHO))
+    address = worker.wait_for(InstanceState.READY).address
+    options = (("grpc.keepalive_time_ms", 1_000), ("grpc.http2.max_pings_without_data", 0))
+    go_on = threading.Event()
+
+    def requests() -> Iterator[pb.ExecuteRequest]:
+        go_on.wait(5)
+        yield batch(1, item(1))
+
+    with grpc.insecure_channel(address, options=options) as channel:
+        (answer,) = node_agent_pb2_grpc.WorkerServiceStub(channel).Execute(requests(), timeout=60)
+    assert answer.batch == 1
 
 
 def test_streams_are_served_while_shares_change(start: Callable[..., Worker], make_config: MakeConfig) -> None:

@@ -137,3 +137,16 @@ def test_overload_is_refused_early_and_what_is_taken_is_answered() -> None:
     answered = len(outcome.latencies_s) + outcome.refused_count + outcome.expired_count + outcome.unanswered_count
     assert answered == outcome.requests_count
     assert outcome.percentile_s(50) is not None
+
+
+def test_requests_of_several_rows_are_that_much_more_demand() -> None:
+    steps = (RateStep(120, 12.0),)
+    table = load("f", 500, 0.010).tables[0]
+    four = FunctionLoad(synthetic_spec("f", slo_ms=500), (table,), steps, rows=4)
+    one = replace(four, steps=(RateStep(120, 48.0),), rows=1)
+    by_rows = [simulate(Scenario((CPU,), (function,), 120.0)) for function in (four, one)]
+    last = [list(outcome.recording.ticks)[-1].decisions[0] for outcome in by_rows]
+    assert last[0].observed_rps == pytest.approx(48.0, rel=0.15)
+    assert last[0].needed_rps == pytest.approx(last[1].needed_rps, rel=0.15)
+    assert last[0].capacity_rps >= 48.0
+    assert by_rows[0].functions["f"].attainment >= 0.9

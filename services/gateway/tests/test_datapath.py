@@ -431,6 +431,25 @@ async def test_demand_counts_what_happened(harness) -> None:
     assert (event.queued_count, event.in_flight_count, event.oldest_wait_ms) == (0, 0, 0)
 
 
+async def test_demand_counts_the_items_of_requests_in_line_and_of_refused_ones(harness) -> None:
+    await harness.deploy(harness.make_spec(max_queue=2))
+    rows = ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0))
+    async with harness.bus.subscribe("demand.echo.*") as messages:
+        calls = [harness.infer(*rows), harness.infer(*rows[:2])]
+        await harness.until(lambda: harness.lane().queued_count == 2)
+        refused = await failure(harness.infer(*rows))
+        assert "Exceeds maximum queue size" in refused.details()
+        async with asyncio.timeout(20):
+            async for message in messages:
+                event = wire.decode_demand(message.payload)
+                if event.refused_count:
+                    break
+        assert (event.arrived_count, event.arrived_items_count) == (3, 8)
+        assert (event.queued_count, event.queued_items_count) == (2, 5)
+        await harness.announce(await harness.worker())
+        await asyncio.gather(*calls)
+
+
 async def test_a_request_that_lost_its_worker_goes_before_later_ones(harness) -> None:
     dying = await harness.worker()
     dying.gate.clear()

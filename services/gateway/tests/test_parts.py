@@ -118,6 +118,7 @@ def test_percentiles_are_of_the_last_seconds_only() -> None:
             now_s=now_s,
             observed_unix_ns=0,
             queued_count=0,
+            queued_items_count=0,
             in_flight_count=0,
             oldest_wait_s=0.0,
         )

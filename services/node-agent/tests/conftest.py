@@ -52,6 +52,7 @@ class FakeProcess:
         self.beats = 0
         self.used_ns = 0
         self.batches_count = 0
+        self.heartbeat_ns = 0
 
     @property
     def exit_reason(self) -> str | None:
@@ -84,7 +85,7 @@ class FakeProcess:
         self.beats += 1
 
     def counters(self) -> Counters:
-        return Counters(device_time_ns=self.used_ns, debt_ns=0, batches_count=self.batches_count)
+        return Counters(self.used_ns, 0, self.batches_count, self.heartbeat_ns)
 
     def terminate(self) -> None:
         self.signals.append("TERM")

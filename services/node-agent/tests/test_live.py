@@ -35,6 +35,7 @@ from hasgpu_core.events import (
 from hasgpu_core.function import Artifact, FunctionSpec
 from hasgpu_core.ports import CaughtUp
 from hasgpu_core.resources import InstanceState
+from hasgpu_node_agent import pulse
 from hasgpu_node_agent.app import Node
 from hasgpu_node_agent.settings import AgentSettings, DeviceSetting
 from hasgpu_runtime.bus.memory import MemoryBus
@@ -48,6 +49,16 @@ def infer(batch):
 
 FACTOR = 2
 """
+
+STUCK = """
+import ctypes
+
+def infer(batch):
+    if batch["x"][0, 0] == 99:
+        ctypes.PyDLL(None).sleep(3600)
+    return {"y": batch["x"]}
+"""
+"""Hangs, asked to, with Python's interpreter lock held: no thread of the worker runs any more."""
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -209,6 +220,57 @@ async def test_a_killed_worker_comes_back(cluster: Cluster, make: Any) -> None:
         assert again.restarts_count == 1
         answer = await execute(again.address, 3.0, 4.0)
         assert answer.results[0].outputs[0].raw == struct.pack("<2f", 6.0, 8.0)
+
+
+async def test_a_worker_hung_in_native_code_is_killed_and_comes_back(
+    cluster: Cluster, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "SILENCE_S", 2.0)
+    monkeypatch.setattr(pulse, "EXECUTION_MARGIN_S", 1.5)
+    async with cluster.agent():
+        await cluster.deploy(STUCK, execution_timeout_ms=200)
+        await cluster.plan(1, make.planned())
+        event = await cluster.ready()
+        failed = asyncio.ensure_future(cluster.until("f-0", lambda e: e.state is InstanceState.FAILED))
+        await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await execute(event.address, 99.0, 0.0)
+        assert "no sign of life" in (await failed).reason
+        again = await cluster.until("f-0", lambda e: e.state is InstanceState.READY and e.pid != event.pid)
+        assert not psutil.pid_exists(event.pid)
+        answer = await execute(again.address, 3.0, 4.0)
+        assert answer.results[0].outputs[0].raw == struct.pack("<2f", 3.0, 4.0)
+
+
+async def test_artifacts_go_when_nothing_needs_them(cluster: Cluster, make: Any) -> None:
+    folder = cluster.state_dir / "n" / "artifacts"
+
+    async def only(*digests: str) -> None:
+        async with asyncio.timeout(30):
+            while {path.name for path in folder.iterdir()} != set(digests):  # noqa: ASYNC110  done by other tasks
+                await asyncio.sleep(0.02)
+
+    async with cluster.agent():
+        await cluster.deploy()
+        await cluster.plan(1, make.planned())
+        await cluster.ready()
+        first = cluster.spec.artifact.sha256
+        await only(first)
+        await cluster.deploy(HANDLER.replace("FACTOR = 2", "FACTOR = 3"))
+        await cluster.until("f-0", lambda e: e.function_revision == 2 and e.state is InstanceState.READY)
+        await only(cluster.spec.artifact.sha256)
+        await cluster.bus.delete(function_subject("f"))
+        await cluster.plan(2)
+        await only()
+
+
+async def test_what_another_wrote_over_is_told_again(cluster: Cluster, make: Any) -> None:
+    async with cluster.agent():
+        await cluster.deploy()
+        await cluster.plan(1, make.planned())
+        event = await cluster.ready()
+        await cluster.bus.delete(instance_subject("f", "f-0"))
+        assert (await cluster.ready()).pid == event.pid
 
 
 async def test_a_handler_that_cannot_be_loaded_is_told_in_words(cluster: Cluster, make: Any) -> None:

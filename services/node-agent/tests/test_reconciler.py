@@ -9,6 +9,7 @@ from hasgpu_core.errors import FencedError, NotFoundError
 from hasgpu_core.resources import InstanceState
 from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.ports import Adopted, WorkerRecord
+from hasgpu_node_agent.pulse import allowed_silence_s
 from hasgpu_node_agent.row_guard import WorkerKey
 
 
@@ -137,6 +138,81 @@ async def test_a_worker_that_never_becomes_ready_is_killed(world: Any, make: Any
     assert "was not ready within" in world.event("f-0").reason
 
 
+async def test_a_worker_that_falls_silent_is_killed_and_started_again(world: Any, make: Any) -> None:
+    world.reconciler.set_function(make.function())
+    world.plan(1, make.planned())
+    await world.step(2)
+    process = world.process("f-0")
+    process.ready()
+    process.heartbeat_ns = 1
+    await world.step(2)
+    allowed_s = allowed_silence_s(make.function().spec.execution_timeout_ms)
+    for second in range(2 * round(allowed_s)):
+        process.heartbeat_ns += second % 9 == 0
+        world.clock.advance(1)
+        await world.step()
+    assert process.signals == []
+    process.heartbeat_ns += 1
+    await world.step()
+    for _ in range(round(allowed_s)):
+        world.clock.advance(1)
+        await world.step()
+    assert process.signals == []
+    world.clock.advance(1)
+    await world.step(2)
+    assert process.signals == ["KILL"]
+    event = world.event("f-0")
+    assert event.state is InstanceState.FAILED
+    assert "no sign of life" in event.reason
+    world.clock.advance(1)
+    await world.step()
+    assert world.process("f-0") is not process
+
+
+async def test_silence_counts_only_while_it_is_watched_and_after_a_first_beat(world: Any, make: Any) -> None:
+    world.reconciler.set_function(make.function())
+    world.plan(1, make.planned())
+    await world.step(2)
+    process = world.process("f-0")
+    process.ready()
+    await world.step(2)
+    for _ in range(100):
+        world.clock.advance(1)
+        await world.step()
+    process.heartbeat_ns = 5
+    await world.step()
+    # The agent itself was stopped meanwhile.
+    world.clock.advance(10_000)
+    await world.step(2)
+    assert process.signals == []
+
+
+@pytest.mark.parametrize(("execution_timeout_ms", "allowed_s"), [(200, 10.0), (5_000, 10.0), (30_000, 35.0)])
+def test_a_worker_may_be_silent_for_as_long_as_a_batch_may_take(execution_timeout_ms: int, allowed_s: float) -> None:
+    assert allowed_silence_s(execution_timeout_ms) == allowed_s
+
+
+async def test_artifacts_are_in_use_while_a_function_or_a_worker_needs_them(world: Any, make: Any) -> None:
+    old, new = make.function(content=1), make.function(revision=2, content=2)
+    world.reconciler.set_function(old)
+    world.plan(1, make.planned())
+    await world.step(2)
+    world.process("f-0").ready()
+    await world.step(2)
+    assert world.reconciler.artifacts_in_use() == {old.spec.artifact.sha256}
+    world.reconciler.set_function(new)
+    await world.step(2)
+    assert world.reconciler.artifacts_in_use() == {old.spec.artifact.sha256, new.spec.artifact.sha256}
+    world.process("f-0").ready()
+    await world.step(4)
+    assert world.reconciler.artifacts_in_use() == {new.spec.artifact.sha256}
+    world.reconciler.forget_function("f")
+    assert world.reconciler.artifacts_in_use() == {new.spec.artifact.sha256}
+    world.plan(2)
+    await world.step(4)
+    assert world.reconciler.artifacts_in_use() == frozenset()
+
+
 async def test_an_artifact_that_is_missing_fails_the_instance_with_back_off(world: Any, make: Any) -> None:
     world.artifacts.error = NotFoundError("artifact", "abc")
     world.reconciler.set_function(make.function())
@@ -261,6 +337,8 @@ def adopted(world: Any, make: Any, key: WorkerKey, *, request: int = 300, ready:
         key=key,
         function="f",
         function_revision=1,
+        artifact_sha256=make.function().spec.artifact.sha256,
+        execution_timeout_ms=30_000,
         load_digest=load_digest(make.function().spec),
         gpu="cpu0",
         row=0,

@@ -22,7 +22,7 @@ from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.publisher import BusPublisher
 from hasgpu_node_agent.row_guard import WorkerKey
 from hasgpu_runtime.bus.memory import MemoryBus
-from hasgpu_runtime.wire import decode_instance
+from hasgpu_runtime.wire import decode_instance, encode
 
 
 def test_allocated_time_is_the_integral_of_the_share() -> None:
@@ -71,7 +71,7 @@ async def test_what_could_not_be_told_is_told_when_the_bus_is_back(world: Any, m
     def event(instance: str) -> Any:
         return (world.event(instance), {}) if instance in world.reconciler.instances else None
 
-    publisher = BusPublisher(bus, event, lambda e: told.append(e.reason))
+    publisher = BusPublisher(bus, "n", event, lambda e: told.append(e.reason), lambda _: True)
     world.plan(1, make.planned())
     await world.step()
     bus.go_away()
@@ -93,6 +93,27 @@ async def test_what_could_not_be_told_is_told_when_the_bus_is_back(world: Any, m
     bus.come_back()
     await publisher.write_all()
     assert await last(bus, instance_subject("f", "f-0")) is None
+
+
+async def test_a_node_that_is_back_does_not_hide_what_the_new_one_says(world: Any, make: Any) -> None:
+    bus = MemoryBus()
+    subject = instance_subject("f", "f-0")
+    planned = True
+    publisher = BusPublisher(bus, "n", lambda i: (world.event(i), {}), lambda _: None, lambda _: planned)
+    world.plan(1, make.planned())
+    await world.step()
+    await publisher.flush("f-0")
+    new = encode(replace(world.event("f-0"), node="other"))
+    await bus.put(subject, new)
+    planned = False
+    await publisher.flush("f-0")
+    publisher.gone("f", "f-0")
+    await publisher.write_all()
+    assert await last(bus, subject) == new
+    await bus.put(subject, encode(world.event("f-0")))
+    publisher.gone("f", "f-0")
+    await publisher.write_all()
+    assert await last(bus, subject) is None
 
 
 def tarball(content: bytes) -> bytes:
@@ -117,8 +138,15 @@ async def test_artifacts_are_fetched_once_and_found_again(make: Any, tmp_path: P
     bus.go_away()
     assert await cache.fetch(spec) == folder
     assert ArtifactCache(bus, tmp_path / "artifacts").unpacked(spec) == folder
-    cache.prune([])
+    draft = tmp_path / "artifacts" / f".{'b' * 64}.1"
+    draft.mkdir()
+    assert cache.prune([spec.artifact.sha256]) == []
+    assert cache.unpacked(spec) == folder
+    assert cache.prune([]) == [spec.artifact.sha256]
     assert cache.unpacked(spec) is None
+    await cache.sweep()
+    # What is being fetched stays.
+    assert list((tmp_path / "artifacts").iterdir()) == [draft]
 
 
 async def test_bytes_of_another_digest_are_refused(make: Any, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ async def test_a_quota_set_by_hand_holds_and_then_the_policy_goes_on(world):
         await world.load(app, 5.0, 12.0)
         after = await world.record()
         assert {i.allocation.request_permille for i in after.instances} != {900}
+        shown = (await stub.GetDesiredState(scaler_pb2.GetDesiredStateRequest(function="f"))).states[0]
+        assert shown.held_until_unix_ns == 0  # a hold that is over is none
         newest = (await stub.ExplainDecisions(scaler_pb2.ExplainDecisionsRequest(function="f", limit=50))).decisions
         assert [d.origin for d in newest if d.origin == "manual"] == ["manual"]
         assert [a.kind for d in newest if d.origin == "manual" for a in d.actions] == ["vertical_up"]
@@ -100,6 +102,47 @@ async def test_instances_are_added_and_removed_by_hand(world):
         assert [i.instance for i in answer.state.instances] == ["f-0"]  # the one that serves stays
         answer = await stub.ManualScale(scale(instances=2))
         assert [i.instance for i in answer.state.instances] == ["f-0", "f-3"]  # ids are never used twice
+
+
+async def test_a_ready_standby_is_activated_before_an_instance_is_added(world, make_spec):
+    async with world.scaler() as app, serving(app) as stub:
+        await world.ready(app, make_spec(standby=1))
+        before = await world.record()
+        (standby,) = [item for item in before.instances if item.standby]
+        (active,) = [item for item in before.instances if not item.standby]
+        answer = await stub.ManualScale(scale(instances=2))
+        assert [(i.instance, i.standby) for i in answer.state.instances] == [("f-0", False), ("f-1", False)]
+        quotas = {i.instance: i.allocation.request_permille for i in answer.state.instances}
+        assert quotas[standby.instance] == active.allocation.request_permille > standby.allocation.request_permille
+        newest = (await stub.ExplainDecisions(scaler_pb2.ExplainDecisionsRequest(function="f", limit=1))).decisions
+        assert [(a.kind, a.instance) for d in newest for a in d.actions] == [("vertical_up", standby.instance)]
+        answer = await stub.ManualScale(scale(instances=3))
+        assert [i.instance for i in answer.state.instances] == ["f-0", "f-1", "f-2"]
+
+
+async def test_a_standby_gets_what_its_row_has_left(world, make_spec):
+    async with world.scaler() as app, serving(app) as stub:
+        await world.ready(app, make_spec(standby=1))
+        await stub.ManualScale(scale(request_permille=700))
+        await world.obey()
+        answer = await stub.ManualScale(scale(instances=2))
+        assert [(i.allocation.request_permille, i.standby) for i in answer.state.instances] == [
+            (700, False),
+            (300, False),
+        ]
+
+
+async def test_a_standby_whose_row_is_full_is_left_parked(world, make_spec):
+    async with world.scaler() as app, serving(app) as stub:
+        await world.ready(app, make_spec(standby=1))
+        await world.beat("b")
+        standby = next(item.instance for item in (await world.record()).instances if item.standby)
+        await stub.ManualScale(scale(request_permille=990))
+        await world.obey()
+        answer = await stub.ManualScale(scale(instances=2))
+        parked = [i.instance for i in answer.state.instances if i.standby]
+        assert parked == [standby]
+        assert len(answer.state.instances) == 3
 
 
 async def test_scaling_up_by_hand_from_nothing_takes_what_the_table_says(world, make_spec, make_table):

@@ -11,7 +11,7 @@ TAIL_FACTOR = 3.0
 
 
 def capacity_rps(*, batch: int, latency_s: float, slo_s: float) -> float:
-    """Returns the request rate at which the 95th percentile of waiting and running stays inside the objective.
+    """Returns the rate in items per second at which the 95th percentile of wait and run stays inside the objective.
 
     The server runs batches of `batch` in `latency_s` each, back to back. At utilisation rho the mean wait of an
     M/D/1 queue is `rho * latency / (2 (1 - rho))`; its tail is taken as exponential. Solving
@@ -36,7 +36,7 @@ class CapacityPoint:
     latency_s: float
     """Mean latency of back-to-back batches, gate wait included."""
     capacity_rps: float
-    """Requests per second inside the objective; 0: not at any rate."""
+    """Items (rows) per second inside the objective; 0: not at any rate."""
 
 
 @dataclass(frozen=True, slots=True)

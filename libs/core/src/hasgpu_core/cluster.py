@@ -43,14 +43,19 @@ class DemandView:
     """What all gateways together saw of a function."""
 
     rate_rps: float | None
-    """Arrivals over the last observation period; None: no data (which is not zero)."""
-    queued_count: int = 0
+    """Items that arrived, a second, over the last observation period: the requests per second where each has one item.
+    None: no data (which is not zero)."""
+    queued_items_count: int = 0
+    """Items of the requests in line."""
     in_flight_count: int = 0
+    """Requests at instances."""
     oldest_wait_s: float = 0.0
     p95_s: float | None = None
     """Over the last few seconds; None: nothing was answered."""
     age_s: float = 0.0
     """Since the newest report."""
+    items_per_request: float = 1.0
+    """Mean over the last observation period. The more come at once, the noisier is a rate counted in items."""
 
 
 @dataclass(frozen=True, slots=True)

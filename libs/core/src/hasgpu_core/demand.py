@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hasgpu_core.cluster import DemandView
 from hasgpu_core.errors import InvalidError
@@ -16,6 +18,14 @@ SILENT_AFTER_S = 5.0
 """A gateway that has not reported for this long leaves the sum."""
 
 
+class _Sample(NamedTuple):
+    """What had arrived by a time."""
+
+    observed_s: float
+    items_count: int
+    requests_count: int
+
+
 @dataclass(slots=True)
 class _Source:
     """One gateway's reports on one function."""
@@ -23,15 +33,17 @@ class _Source:
     epoch: str
     newest: DemandEvent
     received_s: float
-    arrived_base_count: int = 0
-    """Arrivals of earlier epochs, so that the total only grows."""
-    samples: deque[tuple[float, int]] = field(default_factory=deque)
-    """(observed time, arrivals so far), oldest first: those of the window and the last one before it."""
+    items_base_count: int = 0
+    requests_base_count: int = 0
+    """Arrivals of earlier epochs, so that the totals only grow."""
+    samples: deque[_Sample] = field(default_factory=deque)
+    """Oldest first: those of the window and the last one before it."""
 
 
 class DemandTracker:
     """Takes demand events with the time they came in, gives a DemandView a function.
 
+    Rates and queues are in items (rows), as capacity is: a request of four rows is four times the work of one.
     Rates are differences of cumulative counters, so a lost or doubled message does no harm. Refused requests are
     arrivals: they are demand that was not served. A gateway that restarted counts on from where its old epoch ended.
     """
@@ -54,7 +66,8 @@ class DemandTracker:
         if source is None:
             source = sources[event.gateway] = _Source(event.epoch, event, now_s)
         elif event.epoch != source.epoch:
-            source.arrived_base_count += source.newest.arrived_count
+            source.items_base_count += _arrived_items_count(source.newest)
+            source.requests_base_count += source.newest.arrived_count
             source.epoch = event.epoch
         elif event.observed_unix_ns <= source.newest.observed_unix_ns:
             return
@@ -62,10 +75,11 @@ class DemandTracker:
         source.received_s = now_s
         observed_s = event.observed_unix_ns / 1e9
         samples = source.samples
-        if samples and observed_s <= samples[-1][0]:
+        if samples and observed_s <= samples[-1].observed_s:
             samples.clear()  # the gateway's clock was set back
-        samples.append((observed_s, source.arrived_base_count + event.arrived_count))
-        while len(samples) > 2 and samples[1][0] <= observed_s - self._window_s:
+        items_count = source.items_base_count + _arrived_items_count(event)
+        samples.append(_Sample(observed_s, items_count, source.requests_base_count + event.arrived_count))
+        while len(samples) > 2 and samples[1].observed_s <= observed_s - self._window_s:
             samples.popleft()
 
     def forget(self, function: str) -> None:
@@ -87,17 +101,35 @@ class DemandTracker:
         ]
         return DemandView(
             rate_rps=sum(rates) if rates else None,
-            queued_count=sum(source.newest.queued_count for source in live),
+            queued_items_count=sum(_queued_items_count(source.newest) for source in live),
             in_flight_count=sum(source.newest.in_flight_count for source in live),
             oldest_wait_s=max((source.newest.oldest_wait_ms for source in live), default=0) / 1e3,
             p95_s=max(p95s_ms) / 1e3 if p95s_ms else None,
             age_s=age_s,
+            items_per_request=_items_per_request(live),
         )
 
 
 def _rate_rps(source: _Source) -> float | None:
-    """Arrivals a second over the window; None with a single report."""
+    """Items a second over the window; None with a single report."""
     if len(source.samples) < 2:
         return None
-    (start_s, start_count), (end_s, end_count) = source.samples[0], source.samples[-1]
-    return max(0, end_count - start_count) / (end_s - start_s)
+    start, end = source.samples[0], source.samples[-1]
+    return max(0, end.items_count - start.items_count) / (end.observed_s - start.observed_s)
+
+
+def _items_per_request(sources: Sequence[_Source]) -> float:
+    """The mean over the windows; 1 when nothing arrived."""
+    spans = [(source.samples[0], source.samples[-1]) for source in sources]
+    items_count = sum(end.items_count - start.items_count for start, end in spans)
+    requests_count = sum(end.requests_count - start.requests_count for start, end in spans)
+    return max(1.0, items_count / requests_count) if requests_count > 0 else 1.0
+
+
+def _arrived_items_count(event: DemandEvent) -> int:
+    """A request has at least one item; a gateway that does not count them tells 0."""
+    return max(event.arrived_items_count, event.arrived_count)
+
+
+def _queued_items_count(event: DemandEvent) -> int:
+    return max(event.queued_items_count, event.queued_count)

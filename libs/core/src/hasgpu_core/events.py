@@ -42,6 +42,10 @@ class DemandEvent:
     p50_ms: int | None
     p95_ms: int | None
     p99_ms: int | None
+    arrived_items_count: int = 0
+    """Items (rows) of the requests that arrived, those of refused ones included: what capacity is counted in."""
+    queued_items_count: int = 0
+    """Items of the requests in line."""
 
 
 @dataclass(frozen=True, slots=True)

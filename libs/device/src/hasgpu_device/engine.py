@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +32,8 @@ POLL_S = 0.02
 OBSERVATIONS = 64
 WARM_UP_BUDGET_NS = 2_000_000_000
 """A largest batch that would take longer on the device is left out of the warm-up."""
+COLD_RUNS_FROM = 3
+"""With so many repetitions of a measurement or more, the first is left out."""
 
 logger = logging.getLogger(__name__)
 
@@ -358,10 +361,10 @@ class Engine:
         rng = random.Random(request.batch)  # noqa: S311  made-up input, not a secret
         batch = tensors.random_inputs(self._config.inputs, request.batch, rng)
         wanted = max(1, request.repetitions_count)
-        latency_ns = device_ns = longest_ns = done = 0
+        runs: list[Run] = []
         began_ns = time.monotonic_ns()
-        while done < wanted and not job.cancelled:
-            more = done + 1 < wanted
+        while len(runs) < wanted and not job.cancelled:
+            more = len(runs) + 1 < wanted
             try:
                 answer, run = runner.run(
                     lambda: _infer(model, batch, request.batch),
@@ -373,24 +376,31 @@ class Engine:
             if isinstance(answer, HasgpuError):
                 self._finish_measure(job, answer)
                 return
-            latency_ns += run.gate_wait_ns + run.execute_ns
-            device_ns += run.device_ns
-            longest_ns = max(longest_ns, run.longest_segment_ns)
-            done += 1
+            runs.append(run)
             if request.budget_ms and time.monotonic_ns() - began_ns >= request.budget_ms * 1_000_000:
                 break
-        if not done:
+        if not runs:
             self._finish_measure(job, UnavailableError("the measurement was cancelled"))
             return
-        self._finish_measure(
-            job,
-            pb.MeasureResponse(
-                latency_ns=latency_ns // done,
-                device_time_ns=device_ns // done,
-                longest_segment_ns=longest_ns,
-                repetitions_count=done,
-            ),
-        )
+        self._finish_measure(job, summary(runs))
+
+
+def summary(runs: Sequence[Run]) -> pb.MeasureResponse:
+    """Returns what repetitions of one batch come to.
+
+    Medians, because a shared host now and then holds one up for long. Of three or more the first is left out: it finds
+    the caches cold and the bucket as the time before left it.
+
+    Args:
+        runs: In the order they were made; at least one.
+    """
+    counted = runs[1:] if len(runs) >= COLD_RUNS_FROM else runs
+    return pb.MeasureResponse(
+        latency_ns=round(statistics.median(run.gate_wait_ns + run.execute_ns for run in counted)),
+        device_time_ns=round(statistics.median(run.device_ns for run in counted)),
+        longest_segment_ns=max(run.longest_segment_ns for run in counted),
+        repetitions_count=len(runs),
+    )
 
 
 def _infer(model: models.Model, batch: dict[str, Array], rows: int) -> dict[str, Array] | HasgpuError:

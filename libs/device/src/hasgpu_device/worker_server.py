@@ -33,7 +33,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Below the period of the callers' pings, or the connection would be broken off as abused.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
 )
 
 logger = logging.getLogger(__name__)

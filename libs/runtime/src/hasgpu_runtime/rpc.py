@@ -22,6 +22,14 @@ __all__ = ["MAX_MESSAGE_BYTES", "STATUS", "Server", "create_server", "from_rpc_e
 _log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+KEEPALIVE_S = 5.0
+"""A connection with calls on it is pinged so often, and given up when no answer comes for so long again."""
+CONNECT_TIMEOUT_S = 5.0
+"""Of one attempt to connect, the HTTP/2 greeting included: a busy host may take a while to answer."""
+FIRST_RECONNECT_S = 0.1
+LONGEST_RECONNECT_S = 1.0
+SHORTEST_PING_INTERVAL_S = 0.5
+"""A server breaks a connection off on which pings come faster."""
 _UNTRACED = ("grpc.health.", "grpc.reflection.")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +56,9 @@ def create_server(
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),
+            # Without these the pings of `open_channel` would count as abuse (by default one in 5 minutes is allowed).
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", _ms(SHORTEST_PING_INTERVAL_S)),
         )
     )
     server = Server(inner, telemetry=telemetry)
@@ -232,11 +243,23 @@ def _parent(context: _Context) -> str | None:
 
 
 def open_channel(
-    address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, telemetry: Telemetry | None = None
+    address: str,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    telemetry: Telemetry | None = None,
+    keepalive_s: float = KEEPALIVE_S,
 ) -> grpc.aio.Channel:
     """Returns a channel that connects on first use and, when its peer is lost, again within a second of its return.
 
-    With telemetry switched on, each call carries the trace context that is current where it is made.
+    A peer that vanishes without a word (its host or the network is gone) is noticed by the pings that are sent while
+    calls are under way: these then fail with UNAVAILABLE instead of waiting for their deadlines.
+
+    Args:
+        address: host:port.
+        max_message_bytes: Larger messages are refused with RESOURCE_EXHAUSTED.
+        telemetry: When switched on, each call carries the trace context that is current where it is made.
+        keepalive_s: Between two pings, and how long an answer may take; not below the server's
+            `SHORTEST_PING_INTERVAL_S`.
     """
     interceptors: Sequence[grpc.aio.ClientInterceptor] = ()
     if telemetry is not None and telemetry.enabled:
@@ -248,10 +271,22 @@ def open_channel(
         options=(
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1_000),
+            ("grpc.initial_reconnect_backoff_ms", _ms(FIRST_RECONNECT_S)),
+            ("grpc.max_reconnect_backoff_ms", _ms(LONGEST_RECONNECT_S)),
+            # Against its name this only bounds an attempt (https://github.com/grpc/grpc/issues/12830): one that is
+            # refused is repeated after the back-off above.
+            ("grpc.min_reconnect_backoff_ms", _ms(CONNECT_TIMEOUT_S)),
+            ("grpc.keepalive_time_ms", _ms(keepalive_s)),
+            ("grpc.keepalive_timeout_ms", _ms(keepalive_s)),
+            # Counts for keepalive pings too, seen with grpc 1.85; 60 s by default.
+            ("grpc.http2.ping_timeout_ms", _ms(keepalive_s)),
+            # By default pings stop after two on a stream that is quiet, as one to an idle worker is.
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.enable_http_proxy", 0),
         ),
         interceptors=interceptors,
     )
+
+
+def _ms(duration_s: float) -> int:
+    return round(duration_s * 1e3)

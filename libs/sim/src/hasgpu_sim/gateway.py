@@ -22,9 +22,10 @@ BATCH_CREDITS = 2
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request of one row."""
+    """One request."""
 
     arrived_s: float
+    rows: int
     started_s: float = 0.0
 
 
@@ -54,6 +55,7 @@ class FunctionGateway:
     def __init__(self, load: FunctionLoad, events: EventQueue, *, window_s: float) -> None:
         spec = load.spec
         self._spec = spec
+        self._rows = load.rows
         self._events = events
         self._window_s = window_s
         self._queue: EdfQueue[Request] = EdfQueue(max_count=spec.max_queue)
@@ -87,16 +89,17 @@ class FunctionGateway:
         refusal = admit(
             now_s=now_s,
             deadline_s=deadline_s,
-            rows=1,
+            rows=self._rows,
             queued_rows=self._queue.rows,
             capacity_rps=sum(spec.max_batch / route.latency_s(spec.max_batch) for route in open_routes) or None,
-            batch_latency_s=min((route.latency_s(1) for route in open_routes), default=None),
+            batch_latency_s=min((route.latency_s(self._rows) for route in open_routes), default=None),
         )
         try:
             if refusal is not None:
                 self.refused_count += 1
                 return
-            self._queue.push(Waiting(Request(now_s), 1, None, now_s + spec.slo_s, deadline_s, self._sequence))
+            request = Request(now_s, self._rows)
+            self._queue.push(Waiting(request, self._rows, None, now_s + spec.slo_s, deadline_s, self._sequence))
         except QueueFullError:
             self.refused_count += 1
             return
@@ -160,6 +163,8 @@ class FunctionGateway:
             p50_ms=_percentile_ms(window, 0.50),
             p95_ms=_percentile_ms(window, 0.95),
             p99_ms=_percentile_ms(window, 0.99),
+            arrived_items_count=self.arrived_count * self._rows,
+            queued_items_count=self._queue.rows,
         )
 
     def _open_routes(self) -> list[Route]:
@@ -171,7 +176,7 @@ class FunctionGateway:
         now_s = self._events.now_s
         for request in batch:
             request.started_s = now_s
-        route.busy_until_s = now_s + route.latency_s(len(batch))
+        route.busy_until_s = now_s + route.latency_s(sum(request.rows for request in batch))
         self._events.at(route.busy_until_s, lambda: self._finish(route))
 
     def _finish(self, route: Route) -> None:

@@ -29,6 +29,8 @@ class FunctionLoad:
     """Instances wanted at the start."""
     held: bool = False
     """The policy leaves it at that."""
+    rows: int = 1
+    """Of each request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ class DemandMeter:
         self._samples: deque[tuple[float, float]] = deque(maxlen=_MAX_SAMPLES)
         self.arrived_count = 0
         """Valid requests, refused ones included."""
+        self.arrived_items_count = 0
+        """Their items (rows)."""
         self.ok_count = 0
         self.failed_count = 0
         """Took a place in line and got no answer: errors, timeouts, callers that went away."""
@@ -26,6 +28,11 @@ class DemandMeter:
         """Turned away at once."""
         self.late_count = 0
         """Answered, but later than the objective."""
+
+    def arrived(self, items_count: int) -> None:
+        """Counts a valid request, before it is known whether it is taken."""
+        self.arrived_count += 1
+        self.arrived_items_count += items_count
 
     def answered(self, now_s: float, latency_s: float, *, slo_s: float) -> None:
         """Counts an answer."""
@@ -42,6 +49,7 @@ class DemandMeter:
         now_s: float,
         observed_unix_ns: int,
         queued_count: int,
+        queued_items_count: int,
         in_flight_count: int,
         oldest_wait_s: float,
     ) -> DemandEvent:
@@ -66,6 +74,8 @@ class DemandMeter:
             p50_ms=_percentile_ms(latencies, 0.50),
             p95_ms=_percentile_ms(latencies, 0.95),
             p99_ms=_percentile_ms(latencies, 0.99),
+            arrived_items_count=self.arrived_items_count,
+            queued_items_count=queued_items_count,
         )
 
 

@@ -176,7 +176,7 @@ class Lane:
         spec = self.event.spec
         if self._closed is not None:
             raise self._closed
-        self.meter.arrived_count += 1
+        self.meter.arrived(call.rows)
         own_s = spec.timeout_ms / 1e3 if call.timeout_s is None else min(spec.timeout_ms / 1e3, call.timeout_s)
         by_caller = timeout_s is not None and timeout_s <= own_s
         self._sequence += 1
@@ -222,6 +222,7 @@ class Lane:
             now_s=now_s,
             observed_unix_ns=self._clock.unix_ns(),
             queued_count=self.queued_count,
+            queued_items_count=self._queue.rows,
             in_flight_count=self.in_flight_count,
             oldest_wait_s=now_s - oldest_s,
         )

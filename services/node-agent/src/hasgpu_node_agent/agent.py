@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
@@ -45,6 +46,8 @@ CONFIRM_TICK_S = 0.003
 BEAT_PERIOD_S = 1.0
 DEVICE_PERIOD_S = 0.5
 INSTANCE_PERIOD_S = 1.0
+REFRESH_EVERY = 3
+"""Of so many periods, in one also what has not changed is told again, should another have written over it."""
 RETRY_S = 0.5
 """While the bus is away."""
 MAX_OBSERVATIONS = 64
@@ -78,9 +81,10 @@ class NodeAgent:
         self._telemetry = telemetry
         self._guard = guard
         self._launcher = launcher
+        self._artifacts = artifacts
         self._client = client
         self._loop = ReconcileLoop(clock, PASS_PERIOD_S, name="reconcile")
-        self._publisher = BusPublisher(bus, self._event, self._published)
+        self._publisher = BusPublisher(bus, node, self._event, self._published, self._planned)
         self.traces = ShareTraces(telemetry, clock, self._publisher.mark)
         self._reconciler = Reconciler(
             guard=guard,
@@ -150,6 +154,10 @@ class NodeAgent:
             unix_ns=self._clock.unix_ns(),
         )
         return event, self.traces.headers(instance)
+
+    def _planned(self, instance: str) -> bool:
+        found = self._reconciler.instances.get(instance)
+        return found is not None and found.planned is not None
 
     def _published(self, event: InstanceEvent) -> None:
         found = self._reconciler.instances.get(event.instance)
@@ -285,10 +293,22 @@ class NodeAgent:
         awaited = self._reconciler.reconcile()
         self._accrue()
         self.traces.settle_plan(self._reconciler.settled)
+        self._prune()
         while awaited:
             await self._clock.sleep(CONFIRM_TICK_S)
             awaited = self._reconciler.step_shares()
             self._accrue()
+
+    def _prune(self) -> None:
+        """Takes artifacts away that no function, worker or profiling run needs any more."""
+        try:
+            taken = self._artifacts.prune(self._reconciler.artifacts_in_use() | self.profiler.artifacts_in_use())
+        except OSError as error:
+            log.warning("artifacts can't be taken away: %s", error)
+            return
+        if taken:
+            log.info("artifacts taken away: %s", ", ".join(sha256[:12] for sha256 in taken))
+            self._spawn(self._artifacts.sweep())
 
     async def _tick(self) -> None:
         while True:
@@ -333,8 +353,11 @@ class NodeAgent:
                 await self._bus.publish(device_subject(self._node, device.gpu), encode(event))
 
     async def _measure_instances(self) -> None:
-        while True:
+        for period in itertools.count():
             await self._clock.sleep(INSTANCE_PERIOD_S)
+            if period % REFRESH_EVERY == 0:
+                for instance in self._reconciler.instances:
+                    self._publisher.mark(instance)
             busy = [
                 (instance, worker)
                 for instance in self._reconciler.instances.values()

@@ -11,6 +11,7 @@ from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
 from hasgpu_node_agent.backoff import Backoff
 from hasgpu_node_agent.plan import ShareTarget
 from hasgpu_node_agent.ports import WorkerProcess
+from hasgpu_node_agent.pulse import Pulse
 from hasgpu_node_agent.row_guard import WorkerKey
 
 
@@ -34,6 +35,8 @@ class Worker:
     function: str
     function_revision: int
     load_digest: str
+    artifact_sha256: str
+    execution_timeout_ms: int
     device: DeviceInfo
     row: int
     share: ShareTarget
@@ -44,6 +47,9 @@ class Worker:
     pending: PendingShare | None = None
     note: str = ""
     """What was odd when it became ready, in its own words."""
+    pulse: Pulse = field(default_factory=Pulse)
+    killed_because: str = ""
+    """Why the agent killed it; empty: it did not."""
     reported_batches_count: int = 0
     """Batches at the last telemetry report."""
 

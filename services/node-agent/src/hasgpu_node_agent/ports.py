@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +39,8 @@ class WorkerRecord:
     function_revision: int
     load_digest: str
     """Of what it loaded (`plan.load_digest`)."""
+    artifact_sha256: str
+    execution_timeout_ms: int
     gpu: str
     row: int
     allocation: Allocation
@@ -62,6 +64,8 @@ class Counters:
     device_time_ns: int
     debt_ns: int
     batches_count: int
+    heartbeat_ns: int = 0
+    """Its last sign of life, by the host's monotonic clock; 0: none yet."""
 
 
 class WorkerProcess(Protocol):
@@ -157,12 +161,15 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measured configuration."""
+    """One measured configuration; of three repetitions or more the first does not count."""
 
     latency_ns: int
+    """Median: gate wait and execution."""
     device_time_ns: int
+    """Median."""
     longest_segment_ns: int
     repetitions_count: int
+    """Made, the first included."""
 
 
 class WorkerClient(Protocol):
@@ -194,4 +201,12 @@ class Artifacts(Protocol):
 
     async def fetch(self, spec: FunctionSpec) -> Path:
         """Fetches, verifies and unpacks; raises NotFoundError, IntegrityError, UnavailableError, InvalidError."""
+        ...
+
+    def prune(self, keep: Collection[str]) -> Sequence[str]:
+        """Takes away, at once, all artifacts but those of the given digests; returns the digests taken away."""
+        ...
+
+    async def sweep(self) -> None:
+        """Deletes what `prune` took away."""
         ...

@@ -146,8 +146,13 @@ class Profiler:
         self._spawn = spawn
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._runs = itertools.count(1)
+        self._orders: list[ProfileOrder] = []
         self.processes: dict[WorkerKey, WorkerProcess] = {}
         """The workers of the runs under way."""
+
+    def artifacts_in_use(self) -> frozenset[str]:
+        """Returns the digests that the runs under way need."""
+        return frozenset(order.spec.artifact.sha256 for order in self._orders)
 
     async def run(self, order: ProfileOrder) -> AsyncGenerator[Point | str, None]:
         """Yields points and, in words, how far it is; the worker is gone when it ends, in whatever way.
@@ -161,6 +166,17 @@ class Profiler:
         order.validate()
         device = self._guard.device(order.gpu)
         whole, smaller = configurations(order, device)
+        self._orders.append(order)
+        try:
+            async with aclosing(self._run(order, device, whole, smaller)) as found:
+                async for step in found:
+                    yield step
+        finally:
+            self._orders.remove(order)
+
+    async def _run(
+        self, order: ProfileOrder, device: DeviceInfo, whole: Sequence[Configuration], smaller: Sequence[Configuration]
+    ) -> AsyncGenerator[Point | str, None]:
         lock = self._locks[order.gpu]
         if lock.locked():
             yield f"waiting for another run on {order.gpu}"

@@ -6,30 +6,42 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from hasgpu_core.errors import UnavailableError
+from hasgpu_core.errors import InvalidError, UnavailableError
 from hasgpu_core.events import InstanceEvent, instance_subject
-from hasgpu_core.ports import Bus
-from hasgpu_runtime.wire import encode
+from hasgpu_core.ports import Bus, CaughtUp
+from hasgpu_runtime.wire import decode_instance, encode
 
 log = logging.getLogger(__name__)
+
+LOOK_TIMEOUT_S = 2.0
 
 
 class BusPublisher:
     """Implements `hasgpu_node_agent.reconciler.Publisher`.
 
+    An instance keeps its id when it is bound to another node, so its subject has another writer from then on. A node
+    that was taken for lost and is back must not hide what the new one says: of an instance that is not planned here
+    any more it writes and deletes only what it wrote itself.
+
     Args:
         bus: Where to write.
+        node: This node.
         event: Returns what an instance's subject should say now and its trace headers; None: nothing (it has gone).
         published: Called with each event that was written.
+        planned: Tells whether an instance is to run here.
     """
 
     def __init__(
         self,
         bus: Bus,
+        node: str,
         event: Callable[[str], tuple[InstanceEvent, Mapping[str, str]] | None],
         published: Callable[[InstanceEvent], None],
+        planned: Callable[[str], bool],
     ) -> None:
         self._bus = bus
+        self._node = node
+        self._planned = planned
         self._event = event
         self._published = published
         self._dirty: dict[str, None] = {}
@@ -70,7 +82,8 @@ class BusPublisher:
             for instance, function in list(self._gone.items()):
                 async with self._lock:
                     if self._gone.get(instance) == function:
-                        await self._bus.delete(instance_subject(function, instance))
+                        if not await self._is_anothers(function, instance):
+                            await self._bus.delete(instance_subject(function, instance))
                         self._gone.pop(instance, None)
         except UnavailableError:
             self._wake.set()
@@ -86,9 +99,29 @@ class BusPublisher:
                 return
             event, headers = found
             try:
+                if not self._planned(instance) and await self._is_anothers(event.function, instance):
+                    return
                 await self._bus.put(instance_subject(event.function, event.instance), encode(event), headers)
             except UnavailableError:
                 if instance not in self._gone:
                     self._dirty[instance] = None
                 raise
             self._published(event)
+
+    async def _is_anothers(self, function: str, instance: str) -> bool:
+        """Whether another node has the instance by now; raises UnavailableError when the bus does not tell."""
+        try:
+            async with (
+                asyncio.timeout(LOOK_TIMEOUT_S),
+                self._bus.watch(instance_subject(function, instance)) as changes,
+            ):
+                payload: bytes | None = None
+                async for change in changes:
+                    if isinstance(change, CaughtUp):
+                        break
+                    payload = change.payload
+                return payload is not None and decode_instance(payload).node != self._node
+        except TimeoutError as error:
+            raise UnavailableError(f"the bus does not tell who has {instance}") from error
+        except InvalidError:
+            return False

@@ -7,6 +7,7 @@ stopping a worker) runs beside it and wakes the next pass. A pass may be repeate
 |---|---|
 | planned, no worker | fetch the artifact, reserve its share, start; a refusal becomes its reason and is tried again |
 | worker loading | read what it says of itself; ready: show it |
+| worker silent or loading for too long | kill it; it counts as ended |
 | worker ended | FAILED with the reason; start again after a back-off |
 | other artifact, GPU or row planned | start a successor, or drain first where there is no room for both |
 | successor ready | show it, drain the old one |
@@ -28,6 +29,7 @@ from hasgpu_core.resources import InstanceState
 from hasgpu_node_agent.instance import Instance, Worker
 from hasgpu_node_agent.plan import PlanFence, ShareTarget, load_digest, share_target
 from hasgpu_node_agent.ports import Adopted, Artifacts, Launcher, LaunchRequest, WorkerClient
+from hasgpu_node_agent.pulse import allowed_silence_s
 from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
 from hasgpu_node_agent.shares import ShareApplier, takes_alive
 
@@ -142,6 +144,12 @@ class Reconciler:
         """Returns the newest revision known of a function."""
         return self._functions.get(name)
 
+    def artifacts_in_use(self) -> frozenset[str]:
+        """Returns the digests that a known function has or a worker runs."""
+        known = (event.spec.artifact.sha256 for event in self._functions.values())
+        running = (w.artifact_sha256 for i in self.instances.values() for w in (*i.workers(), *i.leaving))
+        return frozenset((*known, *running))
+
     def set_vertical(self, event: VerticalScaleEvent, headers: Mapping[str, str]) -> None:
         """Notes a vertical change; an older one than the last is ignored."""
         try:
@@ -168,6 +176,8 @@ class Reconciler:
             function=record.function,
             function_revision=record.function_revision,
             load_digest=record.load_digest,
+            artifact_sha256=record.artifact_sha256,
+            execution_timeout_ms=record.execution_timeout_ms,
             device=self._guard.device(record.gpu),
             row=record.row,
             share=ShareTarget(record.allocation, record.allocation_revision),
@@ -266,10 +276,27 @@ class Reconciler:
             elif worker.state is InstanceState.LOADING:
                 self._look(instance, worker)
                 if worker.state is InstanceState.LOADING and now_s - worker.started_at_s > LOAD_TIMEOUT_S:
-                    worker.process.kill()
-            elif worker.function_revision < self._revision_for(worker):
-                worker.function_revision = self._revision_for(worker)
-                self._publisher.mark(instance.instance)
+                    self._kill(instance, worker, f"its worker was not ready within {LOAD_TIMEOUT_S:.0f} s")
+            else:
+                self._listen(instance, worker, now_s)
+                if worker.function_revision < self._revision_for(worker):
+                    worker.function_revision = self._revision_for(worker)
+                    self._publisher.mark(instance.instance)
+
+    def _listen(self, instance: Instance, worker: Worker, now_s: float) -> None:
+        """Kills a worker that serves and has given no sign of life for too long; loading has its own bound."""
+        silent_s = worker.pulse.look(worker.process.counters().heartbeat_ns, now_s)
+        if silent_s > allowed_silence_s(worker.execution_timeout_ms):
+            reason = (
+                f"its worker gave no sign of life for {silent_s:.0f} s: stopped, or hung in the function's own code"
+            )
+            self._kill(instance, worker, reason)
+
+    def _kill(self, instance: Instance, worker: Worker, reason: str) -> None:
+        if not worker.killed_because:
+            log.warning("%s (pid %d) is killed: %s", instance.instance, worker.process.pid, reason)
+            worker.killed_because = reason
+        worker.process.kill()
 
     def _revision_for(self, worker: Worker) -> int:
         """The newest revision of its function that the worker serves as well as the one it was started for."""
@@ -298,9 +325,7 @@ class Reconciler:
     def _ended(self, instance: Instance, worker: Worker, ended: str, now_s: float) -> None:
         status = worker.process.status()
         said = status.reason if status is not None and status.state is InstanceState.FAILED else ""
-        reason = said or f"its worker {ended}"
-        if not said and worker.state is InstanceState.LOADING and now_s - worker.started_at_s > LOAD_TIMEOUT_S:
-            reason = f"its worker was not ready within {LOAD_TIMEOUT_S:.0f} s"
+        reason = said or worker.killed_because or f"its worker {ended}"
         self._guard.release(worker.key)
         worker.process.remove()
         instance.last_share = worker.share
@@ -408,6 +433,8 @@ class Reconciler:
             function=planned.function,
             function_revision=event.revision,
             load_digest=load_digest(event.spec),
+            artifact_sha256=event.spec.artifact.sha256,
+            execution_timeout_ms=event.spec.execution_timeout_ms,
             device=request.device,
             row=planned.row,
             share=target,

@@ -31,11 +31,12 @@ async def body(service: Service[ScalerSettings]) -> None:
     async with LeaderLease.keep(
         service.store, LEASE, owner=service.instance, clock=service.clock, on_change=loop.poke
     ) as lease:
+        policy = HasGpuPolicy(ScalingSettings(idle_to_zero_s=service.settings.idle_to_zero_s))
         app = ScalerApp(
             bus=service.bus,
             desired=DesiredStore(service.store),
             clock=service.clock,
-            core=ScalerCore(policy=HasGpuPolicy(ScalingSettings()), observer=ClusterObserver(), clock=service.clock),
+            core=ScalerCore(policy=policy, observer=ClusterObserver(), clock=service.clock),
             telemetry=service.telemetry,
             fence=lambda: lease.fence,
             fenced=lease.lost,

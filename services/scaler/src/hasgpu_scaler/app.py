@@ -283,7 +283,7 @@ def _attributes(decision: Decision, record: DesiredRecord) -> dict[str, str | in
         "revision": record.revision,
         "reason": decision.reason,
         "capacity_rps": decision.capacity_rps,
-        "queued_count": decision.queued_count,
+        "queued_items_count": decision.queued_items_count,
     }
     if decision.observed_rps is not None:
         attributes["observed_rps"] = decision.observed_rps

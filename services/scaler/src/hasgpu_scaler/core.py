@@ -245,6 +245,10 @@ class ScalerCore:
             raise self.not_found(function)
         return record or DesiredRecord(function)
 
+    def held_until_unix_ns(self, record: DesiredRecord) -> int:
+        """Returns until when a function is held by hand; 0: it is not, or not any more."""
+        return record.held_until_unix_ns if record.held_until_unix_ns > self._clock.unix_ns() else 0
+
     def _base(self, function: str) -> DesiredRecord:
         """The record to go on from; a new one starts above every revision that an agent has reported."""
         return self._records.get(function) or DesiredRecord(function, revision=self._revision_floor.get(function, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hasgpu_core.cluster import FunctionView, InstanceView
@@ -89,9 +89,15 @@ def decide_manual(
         observed_rps=view.demand.rate_rps,
         predicted_rps=None,
         capacity_rps=_capacity_rps(view),
-        queued_count=view.demand.queued_count,
+        queued_items_count=view.demand.queued_items_count,
         p95_s=view.demand.p95_s,
+        standby_changed=any(item.standby and not _standby_in(wanted, item.instance) for item in record.instances),
     )
+
+
+def _standby_in(wanted: Mapping[str, DesiredInstance], instance: str) -> bool:
+    """Whether it is still a standby; one that goes did not change into anything."""
+    return instance not in wanted or wanted[instance].standby
 
 
 def _with_quota(allocation: Allocation, request: ManualRequest) -> Allocation:
@@ -117,9 +123,7 @@ def _check_rows(
             key = (instance.node, instance.gpu, instance.row)
             change = wanted[instance.instance].allocation.request_permille - before[instance.instance].request_permille
             growth[key] = growth.get(key, 0) + change
-    changed = []
     for device in devices:
-        rows = []
         for row in device.rows:
             more = growth.get((device.info.node, device.info.gpu, row.index), 0)
             if more > 0 and more > row.free_permille:
@@ -127,9 +131,20 @@ def _check_rows(
                     f"row {row.index} of {device.info.node}/{device.info.gpu} has {row.free_permille} ‰ free, "
                     f"{more} ‰ more are asked for"
                 )
-            rows.append(replace(row, used_permille=row.used_permille + more))
-        changed.append(replace(device, rows=tuple(rows)))
-    return changed
+    return [_grown(device, growth) for device in devices]
+
+
+def _grown(device: DeviceState, growth: Mapping[tuple[str, str, int], int]) -> DeviceState:
+    """The device with more of its rows taken, in per mille by (node, GPU, row)."""
+    return replace(
+        device,
+        rows=tuple(
+            replace(
+                row, used_permille=row.used_permille + growth.get((device.info.node, device.info.gpu, row.index), 0)
+            )
+            for row in device.rows
+        ),
+    )
 
 
 def _vertical_actions(record: DesiredRecord, wanted: dict[str, DesiredInstance]) -> list[Action]:
@@ -158,7 +173,7 @@ def _set_count(
     next_ordinal: int,
     actions: list[Action],
 ) -> int:
-    """Adds or removes active instances; returns the next ordinal."""
+    """Adds active instances (ready standbys before new ones) or removes some; returns the next ordinal."""
     count = request.instances_count or 0
     low, high = view.spec.min_instances, view.spec.max_instances
     if not low <= count <= high:
@@ -170,7 +185,17 @@ def _set_count(
         actions.append(
             Action(ActionKind.HORIZONTAL_DOWN, item.instance, allocation.sm_pct, allocation.request_permille, 0)
         )
-    for _ in range(count - len(active)):
+    missing = count - len(active)
+    for standby in _ready_standbys(wanted.values(), view)[: max(0, missing)]:
+        found = _activated(request, standby, active, view, devices)
+        if found is None:
+            continue
+        item, devices = found
+        wanted[item.instance] = item
+        missing -= 1
+        before, after = standby.allocation.request_permille, item.allocation.request_permille
+        actions.append(Action(ActionKind.VERTICAL_UP, item.instance, item.allocation.sm_pct, before, after))
+    for _ in range(missing):
         allocation, devices = _allocation_with_room(request, active, view, devices)
         item = DesiredInstance(f"{request.function}-{next_ordinal}", allocation)
         next_ordinal += 1
@@ -194,6 +219,51 @@ def _least_useful(active: Sequence[DesiredInstance], view: FunctionView) -> list
 def _ordinal(instance: str) -> int:
     tail = instance.rpartition("-")[2]
     return int(tail) if tail.isdecimal() else 0
+
+
+def _ready_standbys(wanted: Iterable[DesiredInstance], view: FunctionView) -> list[DesiredInstance]:
+    """Those that can serve at once, the largest SM shares first."""
+    ready = {item.instance for item in view.instances if item.state is InstanceState.READY}
+    standbys = [item for item in wanted if item.standby and item.instance in ready]
+    return sorted(standbys, key=lambda item: (-item.allocation.sm_pct, _ordinal(item.instance)))
+
+
+def _activated(
+    request: ManualRequest,
+    standby: DesiredInstance,
+    active: Sequence[DesiredInstance],
+    view: FunctionView,
+    devices: Sequence[DeviceState],
+) -> tuple[DesiredInstance, Sequence[DeviceState]] | None:
+    """Returns a standby made active and the devices with its quota on; None when its row has no room for that.
+
+    It gets the quota of the largest active instance or, where the row has no room for that, the largest that has and
+    meets the objective; where none is active, the smallest that meets the objective at its SM share; where no table
+    says which that is, the whole row. A quota that was asked for is that or none.
+    """
+    seen = next(item for item in view.instances if item.instance == standby.instance)
+    key = (seen.node, seen.gpu, seen.row)
+    rows = [row for device in devices for row in device.rows if (device.info.node, device.info.gpu, row.index) == key]
+    if not rows:
+        return None
+    parked = standby.allocation
+    most_permille = parked.request_permille + rows[0].free_permille
+    table = view.tables.get(seen.device_model)
+    feasible = table.feasible() if table is not None else ()
+    quotas = sorted({point.quota_permille for point in feasible if point.sm_pct == parked.sm_pct})
+    if request.request_permille is not None:
+        permille = request.request_permille
+    elif active:
+        permille = max((item.allocation for item in active), key=lambda a: a.gpu_share).request_permille
+        if permille > most_permille:
+            permille = max((quota for quota in quotas if quota <= most_permille), default=permille)
+    else:
+        permille = quotas[0] if quotas else WHOLE_PERMILLE
+    if permille > most_permille:
+        return None
+    more = permille - parked.request_permille
+    allocation = _with_quota(replace(parked, request_permille=permille), request)
+    return DesiredInstance(standby.instance, allocation), [_grown(device, {key: more}) for device in devices]
 
 
 def _allocation_with_room(

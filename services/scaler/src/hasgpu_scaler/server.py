@@ -94,7 +94,7 @@ class ScalerServicer(scaler_pb2_grpc.ScalerServiceServicer):
             revision=record.revision,
             instances=[wire.desired_instance_to_proto(item) for item in record.instances],
             paused=record.paused or self._app.core.paused,
-            held_until_unix_ns=record.held_until_unix_ns,
+            held_until_unix_ns=self._app.core.held_until_unix_ns(record),
         )
 
 
@@ -119,7 +119,7 @@ def _decision(logged: LoggedDecision) -> scaler_pb2.Decision:
         observed_rps=decision.observed_rps or 0.0,
         predicted_rps=decision.predicted_rps or 0.0,
         capacity_rps=decision.capacity_rps,
-        queued_count=decision.queued_count,
+        queued_count=decision.queued_items_count,
         p95_ms=round(decision.p95_s * 1e3) if decision.p95_s is not None else 0,
         slo_ms=logged.slo_ms,
         policy=logged.policy,

@@ -20,7 +20,7 @@ _LEAST_NOISE_RPS2 = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a function needs, in capacity (requests per second inside the SLO)."""
+    """What a function needs, in capacity (items per second inside the SLO; requests per second where each has one)."""
 
     observed_rps: float
     predicted_rps: float
@@ -42,9 +42,10 @@ def predict(demand: DemandView, state: FunctionState, settings: ScalingSettings,
         return replace(state, filter=RateFilter.start(demand.rate_rps), filtered_at_s=now_s, slope_rps_per_s=0.0)
     if elapsed_s < settings.filter_period_s:
         return state
-    # The Poisson variance of a rate counted over the window; the larger of belief and measurement, so that
-    # neither an idle past nor an empty window makes the filter too sure.
-    noise_variance = max(_LEAST_NOISE_RPS2, max(before.rate_rps, demand.rate_rps) / settings.rate_window_s)
+    # The variance of a rate counted over the window when requests of so many items come as a Poisson process; the
+    # larger of belief and measurement, so that neither an idle past nor an empty window makes the filter too sure.
+    larger_rps = max(before.rate_rps, demand.rate_rps)
+    noise_variance = max(_LEAST_NOISE_RPS2, demand.items_per_request * larger_rps / settings.rate_window_s)
     after = before.update(demand.rate_rps, noise_variance=noise_variance)
     slope = (after.rate_rps - before.rate_rps) / elapsed_s
     return replace(
@@ -77,7 +78,7 @@ def need_of(
     """Returns the need, and the state with the SLO feedback's part; None without data.
 
     need = predicted / target utilisation + backlog / horizon, and at least the feedback's floor. The backlog is what
-    waits beyond the requests that may wait at this rate inside half the SLO. It counts only once something is ready:
+    waits beyond the items that may wait at this rate inside half the SLO. It counts only once something is ready:
     before, it is the consequence of the start and not of too few instances.
     """
     demand = function.demand
@@ -86,16 +87,18 @@ def need_of(
         return None, state
     slo_s = function.spec.slo_s
     serving = ready_capacity_rps > 0
-    backlog = max(0.0, demand.queued_count - predicted * slo_s / 2) if serving else 0.0
+    backlog = max(0.0, demand.queued_items_count - predicted * slo_s / 2) if serving else 0.0
     rate_need_rps = predicted / settings.target_utilisation
     need_rps = rate_need_rps + backlog / max(settings.backlog_horizon_s, 2 * slo_s)
     lasting_rps = rate_need_rps + backlog / max(settings.lasting_horizon_s, 2 * slo_s)
-    state = _feedback(function, state, settings, need_rps, ready_capacity_rps, coming=coming, now_s=now_s)
+    state = _feedback(function, state, settings, rate_need_rps, ready_capacity_rps, coming=coming, now_s=now_s)
     feedback = ""
-    if state.floor_until_s is not None and state.floor_rps > need_rps:
-        feedback = f"latency over the SLO of {function.spec.slo_ms} ms asks for {state.floor_rps:.1f}"
-        need_rps = state.floor_rps
-        lasting_rps = max(lasting_rps, state.floor_rps)
+    # Bounded here too, not only when it is raised: a floor from a high load must not outlive that load.
+    floor_rps = min(state.floor_rps, settings.feedback_limit * need_rps)
+    if state.floor_until_s is not None and floor_rps > need_rps:
+        feedback = f"latency over the SLO of {function.spec.slo_ms} ms asks for {floor_rps:.1f}"
+        need_rps = floor_rps
+        lasting_rps = max(lasting_rps, floor_rps)
     return Need(demand.rate_rps, predicted, need_rps, lasting_rps, feedback), state
 
 
@@ -109,7 +112,7 @@ def _feedback(
     function: FunctionView,
     state: FunctionState,
     settings: ScalingSettings,
-    need_rps: float,
+    rate_need_rps: float,
     ready_capacity_rps: float,
     *,
     coming: bool,
@@ -117,8 +120,9 @@ def _feedback(
 ) -> FunctionState:
     """Raises the floor while the SLO is missed although the prediction claims enough, and lets it lapse after that.
 
-    The floor is a bounded multiple of the need. It is raised only when the capacity has not changed for a while,
-    since latencies measured before that tell of the past.
+    Enough is what the rate needs: a backlog is what too little capacity looks like, and asks for quotas by itself, but
+    where they are at their ceiling only the floor asks for more instances. It is a bounded multiple of the need, and is
+    raised only when the capacity has not changed for a while, since latencies measured before that tell of the past.
     """
     if not violated(function):
         if state.floor_until_s is not None and now_s >= state.floor_until_s:
@@ -127,9 +131,9 @@ def _feedback(
     if state.floor_until_s is not None:
         state = replace(state, floor_until_s=now_s + settings.feedback_hold_s)
     settled = state.settled_at_s is not None and now_s - state.settled_at_s >= settings.feedback_after_s
-    if not settled or coming or not 0 < need_rps <= ready_capacity_rps:
+    if not settled or coming or not 0 < rate_need_rps <= ready_capacity_rps:
         return state
-    floor_rps = min(settings.feedback_factor * ready_capacity_rps, settings.feedback_limit * need_rps)
+    floor_rps = min(settings.feedback_factor * ready_capacity_rps, settings.feedback_limit * rate_need_rps)
     if floor_rps <= max(state.floor_rps, ready_capacity_rps):
         return state
     return replace(state, floor_rps=floor_rps, floor_until_s=now_s + settings.feedback_hold_s)

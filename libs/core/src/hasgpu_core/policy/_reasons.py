@@ -22,7 +22,7 @@ def head_words(function: FunctionView, need: Need | None, capacity_rps: float) -
     """What the decision was made from."""
     if need is None:
         return f"ready capacity {capacity_rps:.1f}"
-    queued = f" with {function.demand.queued_count} queued" if function.demand.queued_count else ""
+    queued = f" with {function.demand.queued_items_count} queued" if function.demand.queued_items_count else ""
     feedback = f" ({need.feedback})" if need.feedback else ""
     return (
         f"rate {need.predicted_rps:.1f} rps predicted ({need.observed_rps:.1f} observed), "

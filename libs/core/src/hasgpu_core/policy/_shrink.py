@@ -69,7 +69,7 @@ def to_zero(draft: Draft) -> None:
 def idle(draft: Draft, state: FunctionState, now_s: float) -> FunctionState:
     """Returns the state with the idle time kept: since when nothing arrived, waited or ran. No data is not idle."""
     demand = draft.function.demand
-    if demand.rate_rps != 0 or demand.queued_count or demand.in_flight_count:
+    if demand.rate_rps != 0 or demand.queued_items_count or demand.in_flight_count:
         return replace(state, idle_since_s=None)
     return state if state.idle_since_s is not None else replace(state, idle_since_s=now_s)
 

@@ -60,7 +60,7 @@ class _Look:
     def demanded(self) -> bool:
         """Whether anybody asks for the function."""
         demand = self.function.demand
-        return bool(demand.queued_count or demand.in_flight_count or demand.rate_rps)
+        return bool(demand.queued_items_count or demand.in_flight_count or demand.rate_rps)
 
 
 class HasGpuPolicy:
@@ -297,7 +297,7 @@ class HasGpuPolicy:
             observed_rps=demand.rate_rps,
             predicted_rps=look.need.predicted_rps if look.need else None,
             capacity_rps=look.capacity_rps,
-            queued_count=demand.queued_count,
+            queued_items_count=demand.queued_items_count,
             p95_s=demand.p95_s,
             standby_changed=draft.standby_changed(),
             needed_rps=look.need.need_rps if look.need else None,

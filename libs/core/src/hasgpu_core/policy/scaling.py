@@ -55,7 +55,8 @@ class Decision:
     """None: no data."""
     capacity_rps: float
     """Of the ready instances, inside the objective."""
-    queued_count: int = 0
+    queued_items_count: int = 0
+    """Items of the requests in line."""
     p95_s: float | None = None
     standby_changed: bool = False
     """Whether an instance turned from standby to active (a VERTICAL_UP) or back (a VERTICAL_DOWN)."""

@@ -68,6 +68,8 @@ def demand_event_to_proto(value: DemandEvent) -> events_pb2.DemandEvent:
         p50_ms=value.p50_ms or 0,
         p95_ms=value.p95_ms or 0,
         p99_ms=value.p99_ms or 0,
+        arrived_items_count=value.arrived_items_count,
+        queued_items_count=value.queued_items_count,
     )
 
 
@@ -91,6 +93,8 @@ def demand_event_from_proto(wire: events_pb2.DemandEvent) -> DemandEvent:
         p50_ms=wire.p50_ms if known else None,
         p95_ms=wire.p95_ms if known else None,
         p99_ms=wire.p99_ms if known else None,
+        arrived_items_count=wire.arrived_items_count,
+        queued_items_count=wire.queued_items_count,
     )
 
 

@@ -70,6 +70,8 @@ class DemandEvent(_message.Message):
     P50_MS_FIELD_NUMBER: _builtins.int
     P95_MS_FIELD_NUMBER: _builtins.int
     P99_MS_FIELD_NUMBER: _builtins.int
+    ARRIVED_ITEMS_COUNT_FIELD_NUMBER: _builtins.int
+    QUEUED_ITEMS_COUNT_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     gateway: _builtins.str
     epoch: _builtins.str
@@ -91,6 +93,11 @@ class DemandEvent(_message.Message):
     p50_ms: _builtins.int
     p95_ms: _builtins.int
     p99_ms: _builtins.int
+    arrived_items_count: _builtins.int
+    """Like arrived_count and queued_count, in items (rows of the batch dimension): what capacity is counted in. A request
+    has at least one, so less than requests means that the gateway does not count them.
+    """
+    queued_items_count: _builtins.int
     def __init__(
         self,
         *,
@@ -110,10 +117,12 @@ class DemandEvent(_message.Message):
         p50_ms: _builtins.int = ...,
         p95_ms: _builtins.int = ...,
         p99_ms: _builtins.int = ...,
+        arrived_items_count: _builtins.int = ...,
+        queued_items_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_count", b"arrived_count", "epoch", b"epoch", "failed_count", b"failed_count", "function", b"function", "gateway", b"gateway", "in_flight_count", b"in_flight_count", "late_count", b"late_count", "observed_unix_ns", b"observed_unix_ns", "ok_count", b"ok_count", "oldest_wait_ms", b"oldest_wait_ms", "p50_ms", b"p50_ms", "p95_ms", b"p95_ms", "p99_ms", b"p99_ms", "queued_count", b"queued_count", "refused_count", b"refused_count", "window_count", b"window_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_count", b"arrived_count", "arrived_items_count", b"arrived_items_count", "epoch", b"epoch", "failed_count", b"failed_count", "function", b"function", "gateway", b"gateway", "in_flight_count", b"in_flight_count", "late_count", b"late_count", "observed_unix_ns", b"observed_unix_ns", "ok_count", b"ok_count", "oldest_wait_ms", b"oldest_wait_ms", "p50_ms", b"p50_ms", "p95_ms", b"p95_ms", "p99_ms", b"p99_ms", "queued_count", b"queued_count", "queued_items_count", b"queued_items_count", "refused_count", b"refused_count", "window_count", b"window_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

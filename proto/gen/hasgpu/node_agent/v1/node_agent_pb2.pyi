@@ -153,12 +153,15 @@ class ProfilePoint(_message.Message):
     sm_pct: _builtins.int
     quota_permille: _builtins.int
     latency_ns: _builtins.int
-    """Mean over the repetitions, back to back: gate wait and execution."""
+    """Median over the repetitions, back to back: gate wait and execution. Here and below, of three repetitions or more
+    the first is left out: it finds the caches cold and the bucket as the time before left it.
+    """
     device_time_ns: _builtins.int
-    """Mean device time of a batch."""
+    """Median device time of a batch."""
     longest_segment_ns: _builtins.int
     """Longest stretch between two gate passes."""
     repetitions_count: _builtins.int
+    """Made, the first included."""
     def __init__(
         self,
         *,
@@ -561,9 +564,11 @@ class MeasureResponse(_message.Message):
     LONGEST_SEGMENT_NS_FIELD_NUMBER: _builtins.int
     REPETITIONS_COUNT_FIELD_NUMBER: _builtins.int
     latency_ns: _builtins.int
+    """As in ProfilePoint: medians, without the first repetition of three or more."""
     device_time_ns: _builtins.int
     longest_segment_ns: _builtins.int
     repetitions_count: _builtins.int
+    """Made, the first included."""
     def __init__(
         self,
         *,

@@ -220,6 +220,7 @@ class Decision(_message.Message):
     predicted_rps: _builtins.float
     capacity_rps: _builtins.float
     queued_count: _builtins.int
+    """Items (rows) of the requests in line; the rates and the capacity are in items per second too."""
     p95_ms: _builtins.int
     """0: no request in the window."""
     slo_ms: _builtins.int

@@ -32,7 +32,7 @@ _KINDS = {
 class LinkSettings:
     """How a stream is kept."""
 
-    connect_timeout_s: float = 2.0
+    connect_timeout_s: float = 5.0
     first_backoff_s: float = 0.05
     longest_backoff_s: float = 1.0
 

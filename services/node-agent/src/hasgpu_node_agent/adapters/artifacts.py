@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hasgpu_core.errors import IntegrityError
@@ -15,6 +16,8 @@ from hasgpu_core.function import FunctionSpec
 from hasgpu_core.ports import ObjectStore
 
 from hasgpu_node_agent.archive import unpack
+
+GONE = ".gone"
 
 
 class ArtifactCache:
@@ -24,6 +27,7 @@ class ArtifactCache:
         self._store = store
         self._root = root
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._numbers = itertools.count()
         root.mkdir(parents=True, exist_ok=True)
         for left in root.glob(".*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -51,12 +55,32 @@ class ArtifactCache:
             data = await self._store.get_artifact(sha256)
             return await asyncio.to_thread(self._install, sha256, data)
 
-    def prune(self, keep: Iterable[str]) -> None:
-        """Deletes all artifacts but those of the given digests."""
-        kept = set(keep)
-        for folder in self._root.iterdir():
-            if folder.name not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+    def prune(self, keep: Collection[str]) -> Sequence[str]:
+        """Takes away, at once, all artifacts but those of the given digests; returns the digests taken away.
+
+        They are only renamed, so that nobody finds a part of one; `sweep` deletes them. What is being fetched stays.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        taken: list[str] = []
+        for folder in list(self._root.iterdir()):
+            if folder.name.startswith(".") or folder.name in keep:
+                continue
+            folder.rename(self._root / f".{folder.name}.{next(self._numbers)}{GONE}")
+            taken.append(folder.name)
+            lock = self._locks.get(folder.name)
+            if lock is not None and not lock.locked():
+                del self._locks[folder.name]
+        return taken
+
+    async def sweep(self) -> None:
+        """Deletes what `prune` took away; what can't be deleted now is tried again with the next."""
+        await asyncio.to_thread(self._sweep)
+
+    def _sweep(self) -> None:
+        for folder in self._root.glob(f".*{GONE}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _install(self, sha256: str, data: bytes) -> Path:
         got = hashlib.sha256(data).hexdigest()

@@ -173,7 +173,12 @@ class RealWorker:
         if self._last is not None:
             return self._last
         read = self._control.read_counters()
-        return Counters(device_time_ns=read.used_ns, debt_ns=read.debt_ns, batches_count=read.batches_count)
+        return Counters(
+            device_time_ns=read.used_ns,
+            debt_ns=read.debt_ns,
+            batches_count=read.batches_count,
+            heartbeat_ns=read.heartbeat_monotonic_ns,
+        )
 
     def terminate(self) -> None:
         """Asks it to end."""
@@ -215,6 +220,8 @@ def _record(request: LaunchRequest) -> WorkerRecord:
         function=request.function.spec.name,
         function_revision=request.function.revision,
         load_digest=load_digest(request.function.spec),
+        artifact_sha256=request.function.spec.artifact.sha256,
+        execution_timeout_ms=request.function.spec.execution_timeout_ms,
         gpu=request.device.gpu,
         row=request.row,
         allocation=request.allocation,
