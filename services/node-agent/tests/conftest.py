@@ -13,6 +13,7 @@ from hasgpu_core.errors import HasgpuError
 from hasgpu_core.events import FunctionEvent, PlanEvent, PlannedInstance, VerticalScaleEvent
 from hasgpu_core.function import MIB, Artifact, FunctionSpec, ModelFormat, TensorSpec
 from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
+from hasgpu_node_agent.adapters import folders
 from hasgpu_node_agent.instance import Instance
 from hasgpu_node_agent.ports import (
     Adopted,
@@ -333,6 +334,12 @@ class Make:
     vertical = staticmethod(vertical)
     world = World
     process = FakeProcess
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared pages go with the test, also where it kills what would have cleared them away."""
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
 
 
 @pytest.fixture(scope="session")

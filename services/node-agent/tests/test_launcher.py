@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hasgpu_core.errors import UnavailableError
 from hasgpu_core.resources import InstanceState
 from hasgpu_device.control import ControlBlock
 from hasgpu_device.worker_config import WorkerConfig
+from hasgpu_node_agent.adapters import folders as folders_module
 from hasgpu_node_agent.adapters import launcher as launcher_module
 from hasgpu_node_agent.adapters.folders import LOG_LIMIT_BYTES, NodeFolders
 from hasgpu_node_agent.adapters.launcher import ProcessLauncher
@@ -23,8 +25,10 @@ from hasgpu_node_agent.row_guard import WorkerKey
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> NodeFolders:
-    return NodeFolders(tmp_path / "n")
+def folders(tmp_path: Path) -> Iterator[NodeFolders]:
+    made = NodeFolders(tmp_path / "n")
+    yield made
+    made.drop_pages()
 
 
 @pytest.fixture
@@ -114,6 +118,31 @@ async def test_what_is_left_of_dead_workers_is_cleared_away(
     await worker.wait()
     assert launcher.adopt(lambda: None) == []
     assert list(folders.instances.iterdir()) == []
+
+
+async def test_shared_pages_stay_while_a_worker_runs_and_go_with_the_last(
+    launcher: ProcessLauncher, folders: NodeFolders, make: Any
+) -> None:
+    worker = launcher.launch(request(make), lambda: None)
+    control = folders.worker(WorkerKey("f-0", 1)).control
+    launcher.tidy()
+    assert control.exists()
+    assert folders.gate("cpu0", 1).exists()
+    await end(worker)
+    assert not control.exists()
+    launcher.tidy()
+    assert not folders.pages.exists()
+
+
+def test_a_page_folder_that_is_not_ours_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's link in the world-writable place must not decide where we write."""
+    monkeypatch.setattr(folders_module, "SHARED_MEMORY", tmp_path / "shm")
+    (tmp_path / "shm").mkdir()
+    first = NodeFolders(tmp_path / "n")
+    assert first.pages.parent == tmp_path / "shm"
+    first.drop_pages()
+    first.pages.symlink_to(tmp_path)
+    assert NodeFolders(tmp_path / "n").pages == tmp_path / "n" / "pages"
 
 
 async def test_another_process_with_the_pid_of_a_worker_is_not_adopted(

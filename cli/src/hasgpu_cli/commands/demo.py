@@ -22,11 +22,12 @@ from hasgpu_cli.options import target_options
 def demo_command(target: Target, out: Path, replay_s: float, devices: str, examples: Path | None, keep: bool) -> None:
     """Run the whole system once with real models under HAS-GPU's load, and write report.json and report.html.
 
-    It uses a temporary folder of its own (or DIR with --home) and stops what it started. Exit status 1 when an answer
-    is wrong or something does not work.
+    It uses a temporary folder of its own (or DIR with --home, where `hasgpu --home DIR top` can watch it) and stops
+    what it started. Exit status 1 when an answer is wrong or something does not work.
     """
     from hasgpu_cli.demo.runner import DemoOptions, run_demo
 
-    given = click.get_current_context().params.get("home")
+    context = click.get_current_context()
+    given = context.params.get("home") or context.find_root().params.get("home")
     home = target.home if given else None
     run_demo(DemoOptions(out=out, replay_s=replay_s, devices=devices, examples=examples, keep=keep, home=home))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -235,11 +236,19 @@ class Engine:
 
     def _set_up(self, member: GateMember) -> tuple[SegmentRunner, models.Model]:
         backend = backends.create(self._config.backend, device_cores=self._config.device_cores)
-        backend.setup()
         runner = SegmentRunner(backend, member, self._control)
         self._runner = runner
+
+        # In a thread of its own: where a thread's priority can only be lowered, the executor must not share in it.
+        with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=backend.setup_loader) as pool:
+            loading = pool.submit(models.load, self._config, runner.boundary)
+            while not loading.done():
+                runner.poll()
+                wait([loading], timeout=POLL_S)
+        model = loading.result()
+        backend.setup()
         runner.poll()
-        return runner, models.load(self._config, runner.boundary)
+        return runner, model
 
     def _warm_up(self, runner: SegmentRunner, model: models.Model) -> str:
         """Runs random batches of 1 and of the largest size; returns what went wrong, in words.

@@ -67,7 +67,7 @@ class Node:
         self.address = advertise if host and advertised_port != "0" else f"{host or advertise or listen_host}:{port}"
         self._client = GrpcWorkerClient(telemetry)
         guard = RowGuard([device.info for device in devices])
-        launcher = ProcessLauncher(
+        self._launcher = ProcessLauncher(
             self._folders,
             {device.info.gpu: device.cores for device in devices},
             listen_host=listen_host,
@@ -80,7 +80,7 @@ class Node:
             clock=clock,
             telemetry=telemetry,
             guard=guard,
-            launcher=launcher,
+            launcher=self._launcher,
             artifacts=ArtifactCache(store, self._folders.artifacts),
             client=self._client,
             spawn=spawn,
@@ -115,6 +115,7 @@ class Node:
             try:
                 await self.agent.run(self._ready)
             finally:
+                self._launcher.tidy()
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._client.close()
 

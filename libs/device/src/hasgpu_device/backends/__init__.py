@@ -8,7 +8,7 @@ from hasgpu_core.errors import UnsupportedError
 
 
 class DeviceBackend(Protocol):
-    """The device as the executor thread sees it; every method is called in that thread.
+    """The device as the executor thread sees it; every method but `setup_loader` is called in that thread.
 
     A backend times segments on the device: CUDA events around a rung's stream, thread CPU time on a CPU device, a
     profile table where the device is emulated.
@@ -17,8 +17,12 @@ class DeviceBackend(Protocol):
     name: str
     """"cpu", "cuda", "emulated" or, in tests, "fake"."""
 
+    def setup_loader(self) -> None:
+        """Prepares the thread that loads the model, once, before it does."""
+        ...
+
     def setup(self) -> None:
-        """Prepares the calling thread, once, before the model is loaded."""
+        """Prepares the calling thread, once, after the model was loaded and before anything runs."""
         ...
 
     def apply_sm(self, sm_pct: int) -> None:

@@ -19,6 +19,8 @@ from hasgpu_device import futex
 
 NICE = 5
 """Workers give way to the services in front of them, so that those answer in time on a small machine."""
+LOADER_NICE = 10
+"""Loading gives way to serving: a new instance must not make those late that it is to help."""
 RUNGS_PCT = (25, 50, 75, 100)
 MAX_THREADS = 256
 
@@ -30,21 +32,30 @@ class CpuBackend:
         device_cores: Cores of the whole device.
         nice: Added by `setup` to the niceness of the executor thread and those it starts. (On Linux it belongs to a
             thread, so the thread that talks to the gateways is not slowed down.)
+        loader_nice: The same for the thread that loads the model.
     """
 
     name = "cpu"
 
-    def __init__(self, device_cores: float, *, nice: int = NICE) -> None:
+    def __init__(self, device_cores: float, *, nice: int = NICE, loader_nice: int = LOADER_NICE) -> None:
         self.device_cores = device_cores
         self.threads_count = 1
         self._nice = nice
+        self._loader_nice = loader_nice
         self._stretch = 1.0
         self._start_ns = 0
         self._slept_too_long_ns = 0
         self._is_set_up = False
+        self._sm_pct = 100
+
+    def setup_loader(self) -> None:
+        """Makes the calling thread give way, and imports torch in it."""
+        if self._loader_nice:
+            os.nice(self._loader_nice)
+        import torch  # noqa: F401  the slow part of a worker's start
 
     def setup(self) -> None:
-        """Sets niceness and inter-op threads, then the whole device's threads."""
+        """Sets niceness and inter-op threads, then the threads of the share given so far."""
         import torch
 
         if self._nice:
@@ -52,10 +63,11 @@ class CpuBackend:
         if torch.get_num_interop_threads() != 1:
             torch.set_num_interop_threads(1)
         self._is_set_up = True
-        self.apply_sm(100)
+        self.apply_sm(self._sm_pct)
 
     def apply_sm(self, sm_pct: int) -> None:
         """Sets torch's threads and the pacing."""
+        self._sm_pct = sm_pct
         cores = self.device_cores * sm_pct / 100
         self.threads_count = min(MAX_THREADS, max(1, math.ceil(cores - 1e-9)))
         self._stretch = self.threads_count / cores

@@ -14,6 +14,9 @@ class FakeBackend:
         self.segments_ns: list[int] = []
         self._start_ns: int | None = None
 
+    def setup_loader(self) -> None:
+        """Nothing to prepare."""
+
     def setup(self) -> None:
         """Nothing to prepare."""
 

@@ -3,19 +3,25 @@
 ```
 <state dir>/<node>/
 ├── artifacts/<sha256>/           unpacked artifacts
-├── gates/<gpu>-row-<n>           one shared gate a row
 ├── instances/<id>/
 │   ├── worker.log, worker.log.1  stdout and stderr of all its workers; the older part
-│   └── worker-<generation>/      one worker process: config.json, control, status.json, record.json
+│   └── worker-<generation>/      one worker process: config.json, status.json, record.json
 └── profiles/<id>/                the same, while a profiling run lasts
+
+/dev/shm/hasgpu-<user>-<node>/    what processes share page by page, away from any disk: writing a disk back can stop
+├── <gpu>-row-<n>.gate            whoever touches a page of it, and with the gate's holder its whole row
+└── <id>.worker-<n>.control       (<state dir>/<node>/pages/ where there is no /dev/shm)
 ```
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +34,7 @@ from hasgpu_core.resources import Allocation
 from hasgpu_node_agent.ports import WorkerRecord
 from hasgpu_node_agent.row_guard import WorkerKey
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  a private folder is made in it and its owner checked
 LOG_LIMIT_BYTES = 4 << 20
 """A log that is larger when a worker starts is set aside; the one set aside before is deleted."""
 
@@ -37,6 +44,8 @@ class WorkerFolder:
     """The folder of one worker process."""
 
     path: Path
+    pages: Path
+    """Where shared pages lie."""
 
     @property
     def config(self) -> Path:
@@ -51,7 +60,16 @@ class WorkerFolder:
     @property
     def control(self) -> Path:
         """The control block."""
-        return self.path / "control"
+        return self._page("control")
+
+    @property
+    def gate(self) -> Path:
+        """A gate of its own, for a profiling run."""
+        return self._page("gate")
+
+    def _page(self, kind: str) -> Path:
+        group, instance, worker = self.path.parts[-3:]
+        return self.pages / f"{group}.{instance}.{worker}.{kind}"
 
     @property
     def record(self) -> Path:
@@ -86,8 +104,10 @@ class WorkerFolder:
         return self.log.open("ab")
 
     def remove(self) -> None:
-        """Deletes the folder; the log stays with the instance."""
+        """Deletes the folder and its pages; the log stays with the instance."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.control.unlink(missing_ok=True)
+        self.gate.unlink(missing_ok=True)
 
 
 class NodeFolders:
@@ -98,10 +118,10 @@ class NodeFolders:
         root = root.resolve()
         self.root = root
         self.artifacts = root / "artifacts"
-        self.gates = root / "gates"
+        self.pages = _shared_memory(root) or root / "pages"
         self.instances = root / "instances"
         self.profiles = root / "profiles"
-        for folder in (self.artifacts, self.gates, self.instances, self.profiles):
+        for folder in (self.artifacts, self.pages, self.instances, self.profiles):
             folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -117,11 +137,19 @@ class NodeFolders:
     def worker(self, key: WorkerKey, *, profiling: bool = False) -> WorkerFolder:
         """Returns a worker's folder; it may not exist yet."""
         parent = self.profiles if profiling else self.instances
-        return WorkerFolder(parent / key.instance / f"worker-{key.generation}")
+        return self.at(parent / key.instance / f"worker-{key.generation}")
+
+    def at(self, path: Path) -> WorkerFolder:
+        """Returns the worker's folder that lies there."""
+        return WorkerFolder(path, self.pages)
 
     def gate(self, gpu: str, row: int) -> Path:
         """Returns the file of a row's gate."""
-        return self.gates / f"{gpu}-row-{row}"
+        return self.pages / f"{gpu}-row-{row}.gate"
+
+    def drop_pages(self) -> None:
+        """Deletes the shared pages; only when no worker runs any more."""
+        shutil.rmtree(self.pages, ignore_errors=True)
 
     def stale(self, live: set[Path]) -> list[Path]:
         """Returns the workers' folders under `instances` and `profiles` that are not among the live ones."""
@@ -138,3 +166,15 @@ class NodeFolders:
             for folder in parent.iterdir():
                 if not any(folder.glob("worker-*")):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shared_memory(root: Path) -> Path | None:
+    """A node's private folder in shared memory; None where there is none, or somebody else has taken the name."""
+    name = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    folder = SHARED_MEMORY / f"hasgpu-{os.getuid()}-{name}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    return folder if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None

@@ -51,7 +51,7 @@ class ProcessLauncher:
         folder = self._folders.worker(request.key, profiling=request.profiling)
         folder.remove()
         folder.path.mkdir(parents=True)
-        gate = folder.path / "gate" if request.profiling else self._folders.gate(request.device.gpu, request.row)
+        gate = folder.gate if request.profiling else self._folders.gate(request.device.gpu, request.row)
         try:
             RowGate.create(gate).close()
             control = ControlBlock.create(folder.control, _shares(request.allocation))
@@ -72,7 +72,7 @@ class ProcessLauncher:
         """
         adopted: list[Adopted] = []
         for pid, config in running_workers(self._folders.root):
-            folder = WorkerFolder(config.parent)
+            folder = self._folders.at(config.parent)
             process = Process.adopt(pid, on_exit)
             record = folder.read_record()
             try:
@@ -87,13 +87,18 @@ class ProcessLauncher:
         live = {self._folders.worker(found.record.key).path for found in adopted}
         for path in self._folders.stale(live):
             log.info("clearing %s away", path)
-            WorkerFolder(path).remove()
+            self._folders.at(path).remove()
         self._folders.drop_empty()
         return adopted
 
     def forget(self, instance: str, *, profiling: bool = False) -> None:
         """Deletes what is left of an instance (or a profiling run) that has gone for good."""
         self._folders.forget(instance, profiling=profiling)
+
+    def tidy(self) -> None:
+        """Deletes the shared pages when no worker of this node runs any more."""
+        if not any(True for _ in running_workers(self._folders.root)):
+            self._folders.drop_pages()
 
     def _config(self, request: LaunchRequest, folder: WorkerFolder, gate: Path) -> WorkerConfig:
         spec = request.function.spec
