@@ -103,6 +103,30 @@ def test_one_that_is_nearly_late_does_not_force_small_batches_on_all_behind_it()
     assert batch == items[:8]
 
 
+def test_a_slow_instance_takes_the_late_and_leaves_to_the_fast_one_who_is_in_time_there() -> None:
+    late, timely = waiting(0, due_s=0.1), waiting(1, due_s=2.0)
+    queue = filled(late, timely)
+
+    def form(latency_s: float) -> list[Waiting[Thing]]:
+        return queue.form_batch(1.0, max_rows=8, latency_s=lambda n: latency_s, soonest_s=lambda n: 0.5)
+
+    assert form(5.0) == [late]
+    assert form(5.0) == []
+    assert len(queue) == 1
+    assert form(0.5) == [timely]
+
+
+def test_who_was_late_may_be_in_time_after_all_when_predictions_change() -> None:
+    first, second = waiting(0, due_s=2.0), waiting(1, due_s=9.0)
+    queue = filled(first, second)
+    assert queue.form_batch(1.0, max_rows=1, latency_s=lambda n: 5.0) == [second]
+    third = waiting(2, due_s=9.5)
+    queue.push(third)
+    queue.reconsider()
+    assert queue.form_batch(1.0, max_rows=1, latency_s=lambda n: 0.5) == [first]
+    assert queue.form_batch(1.0, max_rows=1, latency_s=lambda n: 0.5) == [third]
+
+
 @given(st.integers(1, 400))
 def test_heaps_do_not_keep_what_is_gone(count: int) -> None:
     queue: EdfQueue[Thing] = EdfQueue(max_count=1000)
@@ -202,6 +226,11 @@ class QueueMachine(RuleBasedStateMachine):
         in_time = [i for i in chosen if now + per_row * own_rows <= i.due_s]
         assert in_time
         assert all(now + per_row * all_rows <= i.due_s for i in in_time)
+
+    @rule()
+    def reconsider(self) -> None:
+        self.queue.reconsider()
+        self.late.clear()
 
     @invariant()
     def agrees(self) -> None:

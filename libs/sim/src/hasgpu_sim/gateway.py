@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from hasgpu_core.capacity import CapacityTable
 from hasgpu_core.errors import QueueFullError
@@ -47,6 +48,14 @@ class Route:
     def latency_s(self, batch: int) -> float:
         """Predicted latency of a batch at the quota in force."""
         return self.table.latency_s(batch, self.sm_pct, self.quota_permille) or math.inf
+
+    def after_s(self, now_s: float, rows: int) -> float:
+        """In how long a batch handed over now would be done."""
+        return max(0.0, self.busy_until_s - now_s) + self.latency_s(rows)
+
+
+def _soonest_s(routes: Sequence[Route], now_s: float, rows: int) -> float:
+    return min(route.after_s(now_s, rows) for route in routes)
 
 
 class FunctionGateway:
@@ -108,6 +117,7 @@ class FunctionGateway:
     def set_route(self, route: Route) -> None:
         """An instance became ready."""
         self._routes[route.instance] = route
+        self._queue.reconsider()
         self.dispatch()
 
     def route(self, instance: str) -> Route | None:
@@ -128,12 +138,19 @@ class FunctionGateway:
         """Hands batches to instances with a free credit, the least busy first."""
         self.expired_count += len(self._queue.expired(self._events.now_s))
         while len(self._queue):
-            free = [route for route in self._open_routes() if len(route.batches) < BATCH_CREDITS]
+            routes, now_s = self._open_routes(), self._events.now_s
+            free = [route for route in routes if len(route.batches) < BATCH_CREDITS]
             if not free:
                 return
-            route = min(free, key=lambda r: (len(r.batches), r.busy_until_s, r.instance))
-            start_s = max(self._events.now_s, route.busy_until_s)
-            batch = self._queue.form_batch(start_s, max_rows=self._spec.max_batch, latency_s=route.latency_s)
+            route = min(free, key=lambda r: (r.after_s(now_s, 1), len(r.batches), r.instance))
+            batch = self._queue.form_batch(
+                now_s,
+                max_rows=self._spec.max_batch,
+                latency_s=partial(route.after_s, now_s),
+                soonest_s=partial(_soonest_s, routes, now_s),
+            )
+            if not batch:
+                return
             route.batches.append([waiting.request for waiting in batch])
             if len(route.batches) == 1:
                 self._start(route)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hasgpu_core.capacity import CapacityTable
 from hasgpu_core.errors import HasgpuError, InvalidError, ModelError, UnavailableError
@@ -151,6 +152,7 @@ class Lane:
                 route.gone = True
                 asyncio.get_running_loop().call_later(GONE_GRACE_S, self._forget, route)
             self._tidy(route)
+        self._queue.reconsider()
         self.dispatch()
 
     # Requests
@@ -254,6 +256,7 @@ class Lane:
     def link_up(self, route: Route) -> None:
         """A stream to the instance is open."""
         route.up = True
+        self._queue.reconsider()
         self.dispatch()
 
     def link_down(self, route: Route, reason: str) -> None:
@@ -291,16 +294,20 @@ class Lane:
         """Sends batches while requests wait and an instance can take them."""
         while len(self._queue):
             now_s = self._clock.now_s()
-            route = self._choose(now_s)
-            if route is None:
+            routes = self._open_routes()
+            free = [route for route in routes if route.has_credit(self._queue.rows)]
+            if not free:
                 return
-            backlog_s = route.backlog_s(now_s)
-
-            def finish_s(rows: int, route: Route = route, backlog_s: float = backlog_s) -> float | None:
-                predicted_s = route.latency_s(rows)
-                return None if predicted_s is None else backlog_s + predicted_s
-
-            batch = self._queue.form_batch(now_s, max_rows=route.max_rows, latency_s=finish_s)
+            # The earliest predicted finish; of equals the least busy, then the largest.
+            route = min(
+                free, key=lambda r: (r.after_s(now_s, 1) or 0.0, len(r.in_flight), -r.event.allocation.request_permille)
+            )
+            batch = self._queue.form_batch(
+                now_s,
+                max_rows=route.max_rows,
+                latency_s=partial(route.after_s, now_s),
+                soonest_s=None if len(routes) == 1 else partial(_soonest_s, routes, now_s),
+            )
             if not batch:
                 return
             fits = self._split([item.request for item in batch])
@@ -308,31 +315,6 @@ class Lane:
 
     def _open_routes(self) -> list[Route]:
         return [route for route in self._routes.values() if not route.gone and route.is_open(self._code_revision)]
-
-    def _choose(self, now_s: float) -> Route | None:
-        """Picks the instance with the earliest predicted finish for the request that is due first.
-
-        When that one has no credit, the best that has one is taken, unless it would be late and waiting would not.
-        """
-        routes = self._open_routes()
-        if not routes:
-            return None
-        free = [route for route in routes if route.has_credit(self._queue.rows)]
-        if not free:
-            return None
-        if len(routes) == 1:
-            return free[0]
-
-        def finish(route: Route) -> tuple[float, int, int]:
-            return route.finish_s(now_s, 1), len(route.in_flight), -route.event.allocation.request_permille
-
-        best, best_free = min(routes, key=finish), min(free, key=finish)
-        due_s = self._queue.oldest_due_s()
-        if best is not best_free and due_s is not None:
-            in_time, late = best.finish_s(now_s, 1) <= due_s, best_free.finish_s(now_s, 1) > due_s
-            if in_time and late:
-                return None
-        return best_free
 
     def _admit(self, pending: Pending, now_s: float) -> None:
         """Raises UnavailableError with a retry hint when the request can't be answered in time."""
@@ -495,3 +477,10 @@ class Lane:
             route.link.close()
             route.link = None
         route.up = False
+
+
+def _soonest_s(routes: Sequence[Route], now_s: float, rows: int) -> float | None:
+    """In how long the first of the instances could have answered; None: of one of them nothing is known."""
+    after_s = [route.after_s(now_s, rows) for route in routes]
+    known = [seconds for seconds in after_s if seconds is not None]
+    return min(known) if len(known) == len(after_s) else None

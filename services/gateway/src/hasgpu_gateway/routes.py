@@ -155,9 +155,10 @@ class Route:
         """Returns the predicted time until the batches it holds are done."""
         return max(0.0, self._busy_until_s - now_s) if self.in_flight else 0.0
 
-    def finish_s(self, now_s: float, rows: int) -> float:
-        """Returns when a batch sent now would be done, as predicted."""
-        return now_s + self.backlog_s(now_s) + (self.latency_s(rows) or 0.0)
+    def after_s(self, now_s: float, rows: int) -> float | None:
+        """Returns in how long a batch sent now would be done, as predicted; None: nothing is known."""
+        predicted_s = self.latency_s(rows)
+        return None if predicted_s is None else self.backlog_s(now_s) + predicted_s
 
     def sent(self, batch: Batch, now_s: float) -> None:
         """Takes a credit."""

@@ -164,8 +164,26 @@ class EdfQueue(Generic[T]):
         firsts = [entry.item.due_s for entry in (self._timely.first(), self._late.first()) if entry is not None]
         return min(firsts, default=None)
 
-    def form_batch(self, now_s: float, *, max_rows: int, latency_s: Callable[[int], float | None]) -> list[Waiting[T]]:
-        """Takes out the next batch (empty when nothing waits).
+    def reconsider(self) -> None:
+        """Forgets who was found to be late: predictions have changed, and some may be in time after all."""
+        entries = [entry for entry in self._by_request.values() if entry.late]
+        for entry in entries:
+            entry.late = False
+        if entries:
+            self._rebuild()
+
+    def form_batch(
+        self,
+        now_s: float,
+        *,
+        max_rows: int,
+        latency_s: Callable[[int], float | None],
+        soonest_s: Callable[[int], float | None] | None = None,
+    ) -> list[Waiting[T]]:
+        """Takes out the next batch for an instance; empty when nothing waits, or who waits does better elsewhere.
+
+        `latency_s` gives the predicted time from now until this instance has answered so many rows; `soonest_s` the
+        same for whichever instance would be first (None: this is the only one). Who can't be in time there is late.
 
         The first is the earliest due of those that can be in time; others of its signature follow in due order. Of the
         sizes possible the one is taken that answers the most rows in time per second of the predicted latency (None:
@@ -177,8 +195,8 @@ class EdfQueue(Generic[T]):
         A first request with more rows than `max_rows` goes alone; nothing overtakes a request of its signature and
         line that no longer fits.
         """
-        first = self._first_timely(now_s, latency_s)
-        if first is None:
+        first = self._first_timely(now_s, soonest_s or latency_s)
+        if first is None or not _in_time(first.item, now_s, latency_s(first.item.rows)):
             return self._form_late(max_rows)
         candidates = self._candidates(self._timely, first.item.signature, max_rows, rows=0)
         count = _best_count([entry.item for entry in candidates], now_s, latency_s)
@@ -188,7 +206,7 @@ class EdfQueue(Generic[T]):
         batch = [entry.item for entry in chosen]
         rows = sum(item.rows for item in batch)
         latency = latency_s(rows)
-        in_time_due_s = [item.due_s for item in batch if latency is None or now_s + latency <= item.due_s]
+        in_time_due_s = [item.due_s for item in batch if _in_time(item, now_s, latency)]
         extra = self._candidates(self._late, first.item.signature, max_rows, rows=rows)
         for at, entry in enumerate(extra):
             grown = latency_s(rows + entry.item.rows)
@@ -207,8 +225,7 @@ class EdfQueue(Generic[T]):
     def _first_timely(self, now_s: float, latency_s: Callable[[int], float | None]) -> _Entry[T] | None:
         """The earliest due that can be in time; those before it go to the line of the late."""
         while (entry := self._timely.first()) is not None:
-            latency = latency_s(entry.item.rows)
-            if latency is None or now_s + latency <= entry.item.due_s:
+            if _in_time(entry.item, now_s, latency_s(entry.item.rows)):
                 return entry
             entry.late = True
             self._late.push(entry)
@@ -248,13 +265,20 @@ class EdfQueue(Generic[T]):
 
     def _compact(self) -> None:
         """Rebuilds the heaps once most of what was pushed since the last time is dead: a bound on all of them."""
-        if self._pushes - len(self) <= max(_COMPACT_AT_DEAD_COUNT, len(self)):
-            return
+        if self._pushes - len(self) > max(_COMPACT_AT_DEAD_COUNT, len(self)):
+            self._rebuild()
+
+    def _rebuild(self) -> None:
         self._timely, self._late, self._deadline = _Line(late=False), _Line(late=True), []
         for number, entry in enumerate(self._by_request.values(), start=1):
             entry.number = number
             self._insert(entry)
         self._pushes = len(self._by_request)
+
+
+def _in_time(item: Waiting[T], now_s: float, latency_s: float | None) -> bool:
+    """Whether an answer after so long is in time; an unknown latency is taken to be."""
+    return latency_s is None or now_s + latency_s <= item.due_s
 
 
 def _best_count(items: Sequence[Waiting[T]], now_s: float, latency_s: Callable[[int], float | None]) -> int:
@@ -266,7 +290,7 @@ def _best_count(items: Sequence[Waiting[T]], now_s: float, latency_s: Callable[[
         latency = latency_s(rows)
         if latency is None:
             return len(items)
-        in_time_rows = sum(i.rows for i in items[:count] if now_s + latency <= i.due_s)
+        in_time_rows = sum(i.rows for i in items[:count] if _in_time(i, now_s, latency))
         rates.append(in_time_rows / max(latency, _LEAST_LATENCY_S))
     enough = _ABOUT_AS_GOOD * max(rates)
     return max(count for count, rate in enumerate(rates, start=1) if rate >= enough)
