@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hasgpu_cli.demo.plan import MOST_PEAK_RPS, MOST_SHARE, SMALLEST_SLO_MS, FunctionPlan, choose_slo_ms, plan_functions
+from hasgpu_cli.demo.plan import (
+    FULL_ROW,
+    FULL_ROW_ALONE,
+    MOST_PEAK_RPS,
+    MOST_SHARE,
+    SMALLEST_SLO_MS,
+    FirstInstance,
+    FunctionPlan,
+    choose_slo_ms,
+    plan_functions,
+)
 from hasgpu_core.errors import UnavailableError
 
 
@@ -31,9 +41,13 @@ def test_the_objective_is_a_multiple_of_the_latency_and_has_a_floor() -> None:
     assert choose_slo_ms(surface(5, 10)) == SMALLEST_SLO_MS
 
 
-def planned(**surfaces: dict[str, Any]) -> dict[str, FunctionPlan]:
+def planned(first: dict[str, FirstInstance] | None = None, **surfaces: dict[str, Any]) -> dict[str, FunctionPlan]:
     slos_ms = dict.fromkeys(surfaces, 300)
-    return {plan.name: plan for plan in plan_functions(surfaces, slos_ms=slos_ms, replay_s=100)}
+    return {plan.name: plan for plan in plan_functions(surfaces, slos_ms=slos_ms, replay_s=100, first=first or {})}
+
+
+def at(row: int, sm_pct: int) -> FirstInstance:
+    return FirstInstance(("node0", "cpu0", row), sm_pct)
 
 
 def test_the_peaks_fill_their_shares() -> None:
@@ -50,6 +64,27 @@ def test_what_a_fast_function_leaves_goes_to_the_slow_one() -> None:
     largest_on_grid = 0.3
     assert largest_on_grid <= MOST_SHARE
     assert plans["slow"].factor == pytest.approx(0.9 * largest_on_grid * 50 / 15)
+
+
+def test_the_row_for_which_least_is_missing_is_filled() -> None:
+    """Alone in a quarter of the SMs `a` needs less more than `b` alone in a half."""
+    before = planned(a=surface(50, 60), b=surface(50, 60))
+    plans = planned({"a": at(0, 25), "b": at(1, 50)}, a=surface(50, 60), b=surface(50, 60))
+    assert plans["a"].factor * 15 / 0.9 == pytest.approx(FULL_ROW_ALONE * 60 * 0.25)
+    assert plans["b"].factor == before["b"].factor
+
+
+def test_functions_that_share_a_row_fill_it_together() -> None:
+    plans = planned({"a": at(0, 50), "b": at(0, 50)}, a=surface(50, 60), b=surface(50, 60))
+    needed = sum(plan.factor * 15 / 0.9 for plan in plans.values()) / (60 * 0.5)
+    assert needed == pytest.approx(FULL_ROW)
+
+
+def test_a_row_that_is_full_already_or_too_fast_to_fill_changes_nothing() -> None:
+    full = planned({"a": at(0, 25), "b": at(0, 25)}, a=surface(50, 60), b=surface(50, 60))
+    fast = planned({"a": at(0, 50), "b": at(1, 50)}, a=surface(5, 1_000), b=surface(5, 1_000))
+    assert full["a"].factor == planned(a=surface(50, 60), b=surface(50, 60))["a"].factor
+    assert fast["a"].factor == planned(a=surface(5, 1_000), b=surface(5, 1_000))["a"].factor
 
 
 def test_a_machine_that_is_too_slow_is_told() -> None:

@@ -30,8 +30,25 @@ SLO_STEP_MS = 50
 SMALLEST_SLO_MS = 400
 """On two busy cores a process may wait for some tens of milliseconds for a core, whatever its share of the device, and
 the load trebles from one stage to the next, which the scaler answers in a second or two."""
+FULL_ROW = 1.05
+"""The peak should need this much of the time of some row in which several first instances sit, ..."""
+FULL_ROW_ALONE = 1.35
+"""... or this much of a row with one, whose prediction may turn out too low by as much: quotas alone must not do."""
 MOST_PEAK_RPS = 45.0
 """A request costs the gateway and the load generator about as much as a small model; they need cores too."""
+
+
+MOST_FULL_ROW_RPS = 90.0
+"""The same, for the function that has to fill its row."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstInstance:
+    """Where a function's first instance sits."""
+
+    row: tuple[str, str, int]
+    """Node, GPU and row."""
+    sm_pct: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +69,20 @@ def choose_slo_ms(surface: Mapping[str, Any]) -> int:
 
 
 def plan_functions(
-    surfaces: Mapping[str, Mapping[str, Any]], *, slos_ms: Mapping[str, int], replay_s: float
+    surfaces: Mapping[str, Mapping[str, Any]],
+    *,
+    slos_ms: Mapping[str, int],
+    replay_s: float,
+    first: Mapping[str, FirstInstance],
 ) -> list[FunctionPlan]:
     """Scales the published rates for each function so that the peaks together need their part of the device.
 
-    The parts are equal, except that what a function can't use because MOST_PEAK_RPS bounds it goes to the others.
-    Raises UnavailableError when a function's part meets its objective at no rate.
+    The parts are equal, except that what a function can't use because MOST_PEAK_RPS bounds it goes to the others. Then
+    the row for which least is missing is given so much load that it is full at the peak, if none is so far: the demo
+    is to show both ways of scaling. Raises UnavailableError when a function's part meets its objective at no rate.
     """
     left_share = TOGETHER_SHARE
-    shares: dict[str, tuple[float, float]] = {}
+    peaks_rps: dict[str, float] = {}
     fastest_first = sorted(surfaces, key=lambda name: (-_capacity_rps(surfaces[name], MOST_SHARE), name))
     for index, name in enumerate(fastest_first):
         share = min(MOST_SHARE, left_share / (len(fastest_first) - index))
@@ -69,19 +91,41 @@ def plan_functions(
             raise UnavailableError(
                 f"{name}: {100 * share:.0f} % of this device meets an objective of {slos_ms[name]} ms at no rate"
             )
-        peak_rps = min(MOST_PEAK_RPS, UTILISATION * capacity_rps)
-        share = _share_for(surfaces[name], peak_rps / UTILISATION)
-        shares[name] = (peak_rps, share)
-        left_share -= share
+        peaks_rps[name] = min(MOST_PEAK_RPS, UTILISATION * capacity_rps)
+        left_share -= _share_for(surfaces[name], peaks_rps[name] / UTILISATION)
+    peaks_rps |= _fill_a_row(surfaces, peaks_rps, first)
     return [
-        _plan(name, surface, slo_ms=slos_ms[name], peak_rps=shares[name][0], share=shares[name][1], replay_s=replay_s)
+        _plan(name, surface, slo_ms=slos_ms[name], peak_rps=peaks_rps[name], replay_s=replay_s)
         for name, surface in surfaces.items()
     ]
 
 
-def _plan(
-    name: str, surface: Mapping[str, Any], *, slo_ms: int, peak_rps: float, share: float, replay_s: float
-) -> FunctionPlan:
+def _fill_a_row(
+    surfaces: Mapping[str, Mapping[str, Any]], peaks_rps: Mapping[str, float], first: Mapping[str, FirstInstance]
+) -> dict[str, float]:
+    """Returns the higher peaks that fill the row for which least is missing; none when one is full or none can be."""
+    rows: dict[tuple[str, str, int], list[str]] = {}
+    for name, instance in first.items():
+        rows.setdefault(instance.row, []).append(name)
+    choices: list[tuple[float, dict[str, float]]] = []
+    for names in rows.values():
+        sm_pct = first[names[0]].sm_pct
+        whole_rps = {name: _capacity_rps(surfaces[name], sm_pct / 100, sm_pct=sm_pct) for name in names}
+        if min(whole_rps.values()) <= 0:
+            continue
+        # Of the row's time; capacity grows a little faster than the quota, so this is on the low side.
+        needed = sum(peaks_rps[name] / UTILISATION / whole_rps[name] for name in names)
+        wanted = FULL_ROW if len(names) > 1 else FULL_ROW_ALONE
+        if needed >= wanted:
+            return {}
+        higher = {name: peaks_rps[name] * wanted / needed for name in names}
+        if max(higher.values()) <= MOST_FULL_ROW_RPS:
+            choices.append(((wanted - needed) * sm_pct, higher))
+    return min(choices, key=lambda choice: choice[0])[1] if choices else {}
+
+
+def _plan(name: str, surface: Mapping[str, Any], *, slo_ms: int, peak_rps: float, replay_s: float) -> FunctionPlan:
+    share = _share_for(surface, peak_rps / UTILISATION)
     factor = peak_rps / max(HASGPU_RATES_RPS)
     stage_s = replay_s / len(HASGPU_RATES_RPS)
     due_s = spread([rate * factor for rate in HASGPU_RATES_RPS], stage_s)
@@ -105,12 +149,12 @@ def _share_for(surface: Mapping[str, Any], rate_rps: float) -> float:
     return min(enough, default=1.0)
 
 
-def _capacity_rps(surface: Mapping[str, Any], share: float) -> float:
-    """The largest capacity that costs at most a share of the device; 0.0 for none."""
+def _capacity_rps(surface: Mapping[str, Any], share: float, *, sm_pct: int | None = None) -> float:
+    """The largest capacity that costs at most a share of the device (at that SM share, if given); 0.0 for none."""
     affordable = [
         point["capacity_millirps"]
         for point in surface["points"]
-        if point["sm_pct"] / 100 * point["quota_permille"] / 1_000 <= share + 1e-9
+        if point["sm_pct"] / 100 * point["quota_permille"] / 1_000 <= share + 1e-9 and sm_pct in (None, point["sm_pct"])
     ]
     return max(affordable, default=0) / 1e3
 

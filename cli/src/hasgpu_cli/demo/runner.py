@@ -17,7 +17,7 @@ from hasgpu_core.errors import HasgpuError, ModelError, UnavailableError
 from hasgpu_cli import functions, up
 from hasgpu_cli.client import Target
 from hasgpu_cli.commands.replay import progress_display
-from hasgpu_cli.demo.plan import FunctionPlan, choose_slo_ms, plan_functions
+from hasgpu_cli.demo.plan import FirstInstance, FunctionPlan, choose_slo_ms, plan_functions
 from hasgpu_cli.demo.references import FUNCTIONS, References, compute_references, find_examples
 from hasgpu_cli.demo.report import write_report
 from hasgpu_cli.demo.report_data import DemoRun, FunctionRun, report_json
@@ -168,7 +168,7 @@ async def _deploy(target: Target, examples: Path, replay_s: float, console: Cons
 
 async def _plan(target: Target, deployed: Sequence[Mapping[str, Any]], replay_s: float) -> list[FunctionPlan]:
     """Sets the objectives from the profiles, waits for the capacity tables made for them, and plans the loads."""
-    slos_ms, surfaces = {}, {}
+    slos_ms, surfaces, first = {}, {}, {}
     for function in deployed:
         name, model = function["spec"]["name"], function["capacity"]["device_model"]
         slos_ms[name] = choose_slo_ms(await functions.surface(target, name, model))
@@ -181,7 +181,12 @@ async def _plan(target: Target, deployed: Sequence[Mapping[str, Any]], replay_s:
                 raise UnavailableError(f"{name}: no table for {slos_ms[name]} ms after {TABLE_WITHIN_S:.0f} s")
             await asyncio.sleep(STATUS_PERIOD_S)
         surfaces[name] = surface
-    return plan_functions(surfaces, slos_ms=slos_ms, replay_s=replay_s)
+        instances = (await functions.get_function(target, name))["instances"]
+        if instances:
+            instance = instances[0]
+            row = (instance["node"], instance["gpu"], instance["row"])
+            first[name] = FirstInstance(row, instance["allocation"]["sm_pct"])
+    return plan_functions(surfaces, slos_ms=slos_ms, replay_s=replay_s, first=first)
 
 
 async def _check(channel: grpc.aio.Channel, name: str, references: References) -> float:
