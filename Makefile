@@ -14,7 +14,7 @@ SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
 TESTS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench gpu-lab clean
+.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -71,9 +71,7 @@ bench: $(READY) ## measure; JSON under bench/results/
 	$(BIN)/python bench/quota.py --device cpu
 	$(BIN)/python bench/gateway.py
 	$(BIN)/python bench/rapp.py
-
-gpu-lab: ## what needs an NVIDIA GPU
-	"$(PYTHON)" -m pytest -m gpu libs/device
+	$(BIN)/python bench/queue_order.py
 
 clean: ## remove .venv, caches and out/
 	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache catboost_info

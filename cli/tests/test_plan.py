@@ -75,8 +75,9 @@ def test_the_row_for_which_least_is_missing_is_filled() -> None:
 
 
 def test_functions_that_share_a_row_fill_it_together() -> None:
-    plans = planned({"a": at(0, 50), "b": at(0, 50)}, a=surface(50, 60), b=surface(50, 60))
-    needed = sum(plan.factor * 15 / 0.9 for plan in plans.values()) / (60 * 0.5)
+    plans = planned({"a": at(0, 50), "b": at(0, 50)}, a=surface(50, 300), b=surface(50, 300))
+    needed = sum(plan.factor * 15 / 0.9 for plan in plans.values()) / (300 * 0.5)
+    assert all(plan.factor * 15 > MOST_PEAK_RPS for plan in plans.values())
     assert needed == pytest.approx(FULL_ROW)
 
 
