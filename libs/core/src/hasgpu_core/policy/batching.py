@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from hasgpu_core.errors import QueueFullError
@@ -283,14 +285,16 @@ def _in_time(item: Waiting[T], now_s: float, latency_s: float | None) -> bool:
 
 def _best_count(items: Sequence[Waiting[T]], now_s: float, latency_s: Callable[[int], float | None]) -> int:
     """How many of the items, in due order, answer the most rows in time per second; the most of those about as good."""
+    dues_s = [item.due_s for item in items]
+    rows_before = list(accumulate((item.rows for item in items), initial=0))
     rates: list[float] = []
-    rows = 0
-    for count, item in enumerate(items, start=1):
-        rows += item.rows
+    for count in range(1, len(items) + 1):
+        rows = rows_before[count]
         latency = latency_s(rows)
         if latency is None:
             return len(items)
-        in_time_rows = sum(i.rows for i in items[:count] if _in_time(i, now_s, latency))
-        rates.append(in_time_rows / max(latency, _LEAST_LATENCY_S))
+        # In due order the late are the first.
+        late_rows = rows_before[bisect_left(dues_s, now_s + latency, 0, count)]
+        rates.append((rows - late_rows) / max(latency, _LEAST_LATENCY_S))
     enough = _ABOUT_AS_GOOD * max(rates)
     return max(count for count, rate in enumerate(rates, start=1) if rate >= enough)
