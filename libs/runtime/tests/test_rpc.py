@@ -14,47 +14,7 @@ from hasgpu.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from hasgpu_core import errors
 from hasgpu_runtime import rpc
 from hasgpu_runtime.rpc_errors import STATUS
-
-
-class Proxy:
-    """A TCP proxy that can fall silent, as a host does that is gone, and that counts connections."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.connections_count = 0
-        self.passes = asyncio.Event()
-        self.passes.set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections_count += 1
-        host, _, port = self.target.rpartition(":")
-        other_reader, other_writer = await asyncio.open_connection(host, int(port))
-        for source, sink in ((reader, other_writer), (other_reader, writer)):
-            self._tasks.add(asyncio.ensure_future(self._pump(source, sink)))
-
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65_536):
-                await self.passes.wait()
-                sink.write(data)
-                await sink.drain()
-        except OSError:
-            pass
-        finally:
-            sink.close()
-
+from hasgpu_runtime.testing import TcpProxy
 
 EXAMPLES = [
     errors.InvalidError("slo_ms", expected="1..600000", got="0"),
@@ -197,7 +157,7 @@ async def test_calls_to_a_peer_that_vanished_fail_without_a_deadline(service):
     _, server, _ = service
     async with (
         asyncio.timeout(30),
-        Proxy(server.address) as proxy,
+        TcpProxy(server.address) as proxy,
         rpc.open_channel(proxy.address, keepalive_s=1) as channel,
     ):
         watched = gateway_pb2_grpc.FunctionServiceStub(channel).WatchFunctions(gateway_pb2.WatchFunctionsRequest())
@@ -223,7 +183,7 @@ async def test_a_quiet_stream_outlives_many_pings(service):
 
 async def test_a_slow_greeting_does_not_break_the_attempt_off(service):
     _, server, _ = service
-    async with Proxy(server.address) as proxy:
+    async with TcpProxy(server.address) as proxy:
         proxy.passes.clear()
         asyncio.get_running_loop().call_later(1, proxy.passes.set)
         async with rpc.open_channel(proxy.address) as channel:

@@ -11,6 +11,7 @@ from hasgpu.node_agent.v1.node_agent_pb2_grpc import WorkerServiceServicer, add_
 from hasgpu_gateway.adapters.worker_link import LinkSettings, WorkerLink
 from hasgpu_runtime import rpc
 from hasgpu_runtime.clock import SystemClock
+from hasgpu_runtime.testing import TcpProxy
 
 
 class SilentWorker(WorkerServiceServicer):
@@ -38,52 +39,20 @@ class Listener:
         self.told.put_nowait("answer")
 
 
-class Wire:
-    """A TCP proxy that can be cut without either end being told."""
-
-    def __init__(self, target: str) -> None:
-        self.host, _, self.port = target.rpartition(":")
-        self.passes = asyncio.Event()
-        self.passes.set()
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        other_reader, other_writer = await asyncio.open_connection(self.host, int(self.port))
-        for source, sink in ((reader, other_writer), (other_reader, writer)):
-            self.tasks.add(asyncio.ensure_future(self.pump(source, sink)))
-
-    async def pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65_536):
-                await self.passes.wait()
-                sink.write(data)
-                await sink.drain()
-        except OSError:
-            pass
-        finally:
-            sink.close()
-
-
 @pytest.fixture
-async def wire() -> AsyncIterator[tuple[Wire, str]]:
+async def wire() -> AsyncIterator[TcpProxy]:
     server = rpc.create_server(address="127.0.0.1:0")
     add_WorkerServiceServicer_to_server(SilentWorker(), server)
     await server.start()
-    made = Wire(server.address)
-    proxy = await asyncio.start_server(made.accept, "127.0.0.1", 0)
-    yield made, f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
-    proxy.close()
-    for task in made.tasks:
-        task.cancel()
-    await asyncio.gather(*made.tasks, return_exceptions=True)
+    async with TcpProxy(server.address) as proxy:
+        yield proxy
     await server.stop(None)
 
 
-async def test_a_worker_that_vanished_is_noticed_and_found_again(wire: tuple[Wire, str]) -> None:
-    line, address = wire
+async def test_a_worker_that_vanished_is_noticed_and_found_again(wire: TcpProxy) -> None:
     listener = Listener()
     link = WorkerLink(
-        address,
+        wire.address,
         listener,
         clock=SystemClock(),
         open_channel=lambda where: rpc.open_channel(where, keepalive_s=1),
@@ -92,8 +61,8 @@ async def test_a_worker_that_vanished_is_noticed_and_found_again(wire: tuple[Wir
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         link.start(group)
         assert await listener.told.get() == "up"
-        line.passes.clear()
+        wire.passes.clear()
         assert (await listener.told.get()).startswith("UNAVAILABLE")
-        line.passes.set()
+        wire.passes.set()
         assert await listener.told.get() == "up"
         link.close()

@@ -16,6 +16,8 @@ from hasgpu_runtime.tasks import end_task
 _log = logging.getLogger(__name__)
 
 TTL_S = 3.0
+NOT_LEADING = "this process does not lead now: another one does, or the store is away"
+"""Why a replica without the lease writes nothing, in words."""
 
 
 class LeaderLease:

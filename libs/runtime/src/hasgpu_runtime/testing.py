@@ -1,4 +1,4 @@
-"""Fixtures for tests: real brokers on free ports, one pair a test session, and the doubles in memory.
+"""For tests: real brokers on free ports, one pair a test session, the doubles in memory, and a proxy that fails.
 
 Import the ones needed into a `conftest.py`: `from hasgpu_runtime.testing import nats_server, nats_bus  # noqa: F401`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from typing import Self
 
 import nats.aio.client
 import nats.js.errors
@@ -25,6 +26,7 @@ from hasgpu_runtime.store.memory import MemoryStore
 from hasgpu_runtime.store.redis import RedisStore
 
 __all__ = [
+    "TcpProxy",
     "background_errors",
     "manual_clock",
     "memory_bus",
@@ -134,3 +136,49 @@ async def empty_nats(url: str) -> None:
         except nats.js.errors.NotFoundError:
             continue
     await client.close()
+
+
+class TcpProxy:
+    """A TCP proxy that can fall silent, as a host does that is gone, without either end being told.
+
+    Attributes:
+        passes: While it is clear, nothing passes.
+        connections_count: Connections taken so far.
+        address: Where it listens, once entered.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.connections_count = 0
+        self.passes = asyncio.Event()
+        self.passes.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections_count += 1
+        host, _, port = self.target.rpartition(":")
+        other_reader, other_writer = await asyncio.open_connection(host, int(port))
+        for source, sink in ((reader, other_writer), (other_reader, writer)):
+            self._tasks.add(asyncio.ensure_future(self._pump(source, sink)))
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65_536):
+                await self.passes.wait()
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass
+        finally:
+            sink.close()

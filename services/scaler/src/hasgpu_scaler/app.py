@@ -11,6 +11,7 @@ from hasgpu_core.events import horizontal_subject, vertical_subject
 from hasgpu_core.policy.scaling import Decision
 from hasgpu_core.ports import Bus, CaughtUp, Clock, Fence
 from hasgpu_runtime import wire
+from hasgpu_runtime.leader import NOT_LEADING
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_scaler.adapters.desired_store import DesiredStore
@@ -20,8 +21,6 @@ from hasgpu_scaler.decisions import DecisionLog, LoggedDecision
 from hasgpu_scaler.inputs import SUBSCRIBED, WATCHED, Inputs
 from hasgpu_scaler.manual import ManualRequest
 from hasgpu_scaler.records import DesiredRecord
-
-NOT_LEADING = "this process does not lead now: another one does, or the store is away"
 
 _log = logging.getLogger(__name__)
 

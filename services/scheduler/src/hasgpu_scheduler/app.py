@@ -10,6 +10,7 @@ from hasgpu_core.errors import ConflictError, FencedError, InvalidError, Unavail
 from hasgpu_core.events import PlanEvent, plan_subject
 from hasgpu_core.ports import Bus, CaughtUp, Clock, Command, Fence, StateChange
 from hasgpu_runtime import wire
+from hasgpu_runtime.leader import NOT_LEADING
 from hasgpu_runtime.tasks import end_task
 from hasgpu_runtime.telemetry import Telemetry
 
@@ -21,8 +22,6 @@ COMMANDS = "scale.horizontal.>"
 CONSUMER = "scheduler"
 COMMAND_RETRY_S = 1.0
 """A command that could not be taken in (the store is away, another leads) comes again after this long."""
-
-NOT_LEADING = "this process does not lead now: another one does, or the store is away"
 
 _log = logging.getLogger(__name__)
 
