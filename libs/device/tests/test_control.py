@@ -17,7 +17,7 @@ def test_shares_come_back_and_the_epoch_grows(tmp_path: Path) -> None:
     with ControlBlock.create(path, Shares(200, 500, 50)) as agent, ControlBlock.open(path) as worker:
         assert worker.read_shares() == Shares(200, 500, 50, epoch=1)
         assert agent.write_shares(Shares(300, 300, 75, window_ns=20_000_000, draining=True)) == 2
-        assert worker.read_shares() == Shares(300, 300, 75, 20_000_000, True, 2)
+        assert worker.read_shares() == Shares(300, 300, 75, 20_000_000, draining=True, epoch=2)
 
 
 def test_creating_twice_keeps_what_is_there(tmp_path: Path) -> None:
@@ -67,7 +67,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shares", [Shares(0, 10), Shares(10, 5), Shares(10, 1001), Shares(1, 1, sm_pct=0), Shares(1, 1, window_ns=10)]
+    "shares",
+    [
+        Shares(0, 10),
+        Shares(10, 5),
+        Shares(10, 1001),
+        Shares(1, 1, sm_pct=0),
+        Shares(1, 1, sm_pct=60, first_pct=41),
+        Shares(1, 1, window_ns=10),
+    ],
 )
 def test_impossible_shares_are_refused(tmp_path: Path, shares: Shares) -> None:
     with ControlBlock.create(tmp_path / "control", Shares(5, 6)) as block:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hasgpu_device.control import ControlBlock, Shares
 from hasgpu_device.errors import GateTimeoutError
 from hasgpu_device.gate import GateMember, RowGate
 from hasgpu_device.segments import SegmentRunner
+from hasgpu_device.worker_config import WorkerConfig
 
 MS = 1_000_000
 
@@ -176,6 +177,6 @@ def test_the_probe_describes_the_host(tmp_path: Path) -> None:
     assert cpu.memory_bytes(tmp_path / "nothing", tmp_path / "max") == 0
 
 
-def test_an_unknown_backend_is_told() -> None:
+def test_an_unknown_backend_is_told(make_config: Callable[..., WorkerConfig]) -> None:
     with pytest.raises(UnsupportedError, match="'tpu'"):
-        backends.create("tpu", device_cores=1)
+        backends.create(make_config(backend="tpu"))

@@ -31,7 +31,7 @@ from hasgpu_core.resources import InstanceState
 from hasgpu_device.errors import ControlBlockError
 
 MAGIC = b"HASGPUCB"
-VERSION = 1
+VERSION = 2
 SIZE_BYTES = 4096
 DEFAULT_WINDOW_NS = 40_000_000
 """The period over which a quota is enforced."""
@@ -54,6 +54,10 @@ class Shares:
     """Share of the SMs (of the cores on a CPU device), 1..100."""
     window_ns: int = DEFAULT_WINDOW_NS
     """1 ms..10 s."""
+    first_pct: int = 0
+    """Where the instance's partition begins: it has the SMs from `first_pct` to `first_pct + sm_pct` per cent."""
+    exclusive: bool = False
+    """Partitions may overlap: no segment runs while another holds any SM of this partition (see `ledger`)."""
     draining: bool = False
     """The worker takes no new batch and finishes those it has."""
     epoch: int = 0
@@ -66,6 +70,7 @@ class Shares:
             ("limit_permille", self.limit_permille, self.request_permille, 1_000),
             ("sm_pct", self.sm_pct, 1, 100),
             ("window_ns", self.window_ns, 1_000_000, 10_000_000_000),
+            ("first_pct", self.first_pct, 0, 100 - self.sm_pct),
         ):
             if not low <= value <= high:
                 raise InvalidError(name, expected=f"{low}..{high}", got=str(value))
@@ -173,7 +178,7 @@ class ControlBlock:
     def __init__(self, path: Path, memory: mmap.mmap) -> None:
         self.path = path
         self._memory = memory
-        self._shares = _Group(memory, 64, "QIIIQI")
+        self._shares = _Group(memory, 64, "QIIIQIII")
         self._agent = _Group(memory, 320, "qq")
         self._counters = _Group(memory, 576, "QQQQQQQQIIqq")
         self._counters_lock = threading.Lock()
@@ -249,8 +254,8 @@ class ControlBlock:
         values = self._shares.read()
         if values is None:
             raise ControlBlockError(str(self.path), "its shares are damaged")
-        epoch, request, limit, sm_pct, window_ns, draining = values
-        return Shares(request, limit, sm_pct, window_ns, bool(draining), epoch)
+        epoch, request, limit, sm_pct, window_ns, first_pct, exclusive, draining = values
+        return Shares(request, limit, sm_pct, window_ns, first_pct, bool(exclusive), bool(draining), epoch)
 
     def write_shares(self, shares: Shares) -> int:
         """Puts shares into force and returns their epoch; `shares.epoch` is not looked at.
@@ -262,7 +267,14 @@ class ControlBlock:
         values = self._shares.read()
         epoch = 1 + (values[0] if values else 0)
         self._shares.write(
-            epoch, shares.request_permille, shares.limit_permille, shares.sm_pct, shares.window_ns, shares.draining
+            epoch,
+            shares.request_permille,
+            shares.limit_permille,
+            shares.sm_pct,
+            shares.window_ns,
+            shares.first_pct,
+            shares.exclusive,
+            shares.draining,
         )
         return epoch
 

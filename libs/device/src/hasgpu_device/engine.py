@@ -235,13 +235,13 @@ class Engine:
             raise
 
     def _set_up(self, member: GateMember) -> tuple[SegmentRunner, models.Model]:
-        backend = backends.create(self._config.backend, device_cores=self._config.device_cores)
+        backend = backends.create(self._config)
         runner = SegmentRunner(backend, member, self._control)
         self._runner = runner
 
         # In a thread of its own: where a thread's priority can only be lowered, the executor must not share in it.
         with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=backend.setup_loader) as pool:
-            loading = pool.submit(models.load, self._config, runner.boundary)
+            loading = pool.submit(backend.load, self._config, runner.boundary)
             while not loading.done():
                 runner.poll()
                 wait([loading], timeout=POLL_S)

@@ -196,8 +196,9 @@ class SegmentRunner:
         shares = self._member.shares
         if shares is self._applied:
             return
-        if self._applied is None or shares.sm_pct != self._applied.sm_pct:
-            self.backend.apply_sm(shares.sm_pct)
+        before = self._applied
+        if before is None or (shares.sm_pct, shares.first_pct) != (before.sm_pct, before.first_pct):
+            self.backend.apply_sm(shares.sm_pct, shares.first_pct)
         self._applied = shares
         self._publish()
 

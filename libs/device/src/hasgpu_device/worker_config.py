@@ -41,6 +41,17 @@ class WorkerConfig:
     device_cores: float = 1.0
     """Cores of the whole device; for a CPU device."""
     backend: str = "cpu"
+    """"cpu", "cuda" or "emulated"."""
+    mode: str = ""
+    """How a CUDA device is shared, as the agent's probe found it (`hasgpu_device.backends.cuda`)."""
+    gpu_uuid: str = ""
+    """Of a CUDA device."""
+    sm_rungs_pct: tuple[int, ...] = ()
+    """Widths of the partitions that the device can give, ascending."""
+    ledger_path: str = ""
+    """The device's ledger of SMs in use, for the time in which partitions may overlap; empty: it has none."""
+    profile_path: str = ""
+    """An emulated device's latencies (`hasgpu_core.profile`)."""
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Handed to a Python handler's load() as keyword arguments."""
     execution_timeout_ms: int = 30_000
@@ -111,6 +122,7 @@ class WorkerConfig:
                     for spec in document[key]
                 )
             document["format"] = ModelFormat(document["format"])
+            document["sm_rungs_pct"] = tuple(int(rung) for rung in document.get("sm_rungs_pct", ()))
             config = cls(**document)
             config.validate()
         except KeyError as error:

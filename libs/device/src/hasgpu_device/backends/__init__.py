@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from hasgpu_core.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from hasgpu_device.models import Model
+    from hasgpu_device.worker_config import WorkerConfig
+
+NAMES = ("cpu", "cuda", "emulated")
+
 
 class DeviceBackend(Protocol):
-    """The device as the executor thread sees it; every method but `setup_loader` is called in that thread.
+    """The device as the executor thread sees it.
 
+    `setup_loader` and `load` are called in the thread that loads the model, every other method in the executor thread.
     A backend times segments on the device: CUDA events around a rung's stream, thread CPU time on a CPU device, a
     profile table where the device is emulated.
     """
@@ -21,12 +29,29 @@ class DeviceBackend(Protocol):
         """Prepares the thread that loads the model, once, before it does."""
         ...
 
+    def load(self, config: WorkerConfig, boundary: Callable[[], None]) -> Model:
+        """Loads the model onto the device.
+
+        Args:
+            config: Which.
+            boundary: To be called where a batch may be interrupted.
+
+        Raises:
+            LoadError: It can't be loaded; the message says why, fit for the user who deployed it.
+        """
+        ...
+
     def setup(self) -> None:
         """Prepares the calling thread, once, after the model was loaded and before anything runs."""
         ...
 
-    def apply_sm(self, sm_pct: int) -> None:
-        """Gives the segments that follow this share of the SMs; only between segments."""
+    def apply_sm(self, sm_pct: int, first_pct: int = 0) -> None:
+        """Gives the segments that follow this share of the SMs; only between segments.
+
+        Args:
+            sm_pct: Width of the share, 1..100.
+            first_pct: Where it begins, 0..99; of use only to a device whose partitions have a place.
+        """
         ...
 
     def start_segment(self) -> None:
@@ -42,18 +67,14 @@ class DeviceBackend(Protocol):
         ...
 
 
-def create(backend: str, *, device_cores: float) -> DeviceBackend:
-    """Makes the backend of that name.
-
-    Args:
-        backend: As in `DeviceInfo.backend`.
-        device_cores: Cores of the whole device, for a CPU device.
+def create(config: WorkerConfig) -> DeviceBackend:
+    """Makes the backend that a worker's configuration names.
 
     Raises:
         UnsupportedError: No such backend here.
     """
-    if backend == "cpu":
+    if config.backend == "cpu":
         from hasgpu_device.backends.cpu import CpuBackend
 
-        return CpuBackend(device_cores)
-    raise UnsupportedError(f"device backend {backend!r} is not offered here; there is: cpu")
+        return CpuBackend(config.device_cores)
+    raise UnsupportedError(f"device backend {config.backend!r} is not offered here; there is: {', '.join(NAMES)}")

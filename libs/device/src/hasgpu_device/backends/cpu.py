@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hasgpu_core.resources import DeviceInfo
 
-from hasgpu_device import futex
+from hasgpu_device import futex, models
+from hasgpu_device.worker_config import WorkerConfig
 
 NICE = 5
 """Workers give way to the services in front of them, so that those answer in time on a small machine."""
@@ -54,6 +56,10 @@ class CpuBackend:
             os.nice(self._loader_nice)
         import torch  # noqa: F401  the slow part of a worker's start
 
+    def load(self, config: WorkerConfig, boundary: Callable[[], None]) -> models.Model:
+        """Loads the model into this process; raises LoadError."""
+        return models.load(config, boundary)
+
     def setup(self) -> None:
         """Sets niceness and inter-op threads, then the threads of the share given so far."""
         import torch
@@ -65,8 +71,9 @@ class CpuBackend:
         self._is_set_up = True
         self.apply_sm(self._sm_pct)
 
-    def apply_sm(self, sm_pct: int) -> None:
-        """Sets torch's threads and the pacing."""
+    def apply_sm(self, sm_pct: int, first_pct: int = 0) -> None:
+        """Sets torch's threads and the pacing; which cores they run on is the host's business."""
+        del first_pct
         self._sm_pct = sm_pct
         cores = self.device_cores * sm_pct / 100
         self.threads_count = min(MAX_THREADS, max(1, math.ceil(cores - 1e-9)))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from hasgpu_device import models
+from hasgpu_device.worker_config import WorkerConfig
+
 
 class FakeBackend:
     """Work takes as long as the test says."""
@@ -11,6 +16,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.now_ns = 0
         self.sm_pct = 100
+        self.first_pct = 0
         self.segments_ns: list[int] = []
         self._start_ns: int | None = None
 
@@ -20,10 +26,14 @@ class FakeBackend:
     def setup(self) -> None:
         """Nothing to prepare."""
 
-    def apply_sm(self, sm_pct: int) -> None:
+    def load(self, config: WorkerConfig, boundary: Callable[[], None]) -> models.Model:
+        """Loads the model as the CPU device does; raises LoadError."""
+        return models.load(config, boundary)
+
+    def apply_sm(self, sm_pct: int, first_pct: int = 0) -> None:
         """Remembers the share; refused within a segment."""
         assert self._start_ns is None, "the SM share changes only between segments"
-        self.sm_pct = sm_pct
+        self.sm_pct, self.first_pct = sm_pct, first_pct
 
     def work(self, whole_device_ns: int) -> None:
         """Lets device time pass: as long as the work takes on the whole device, divided by the SM share."""
