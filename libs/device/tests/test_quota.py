@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ class Tenant:
     used_ns: int = 0
     wants_from_ns: int = 0
     segments: list[int] = field(default_factory=list)
+    ends: list[tuple[int, int, bool]] = field(default_factory=list)
+    """When a segment ended, what it took, whether it was borrowed."""
 
 
 class RowSimulator:
@@ -77,7 +80,7 @@ class RowSimulator:
 
     def run_segment(self, index: int, borrowed: bool) -> None:
         tenant, account = self.tenants[index], self.accounts[index]
-        account.waiting, account.holding = False, True
+        quota.start(account, self.clock, index, borrowed=borrowed)
         device_ns = max(1, round(tenant.segment_ns * max(0.1, self.random.gauss(1, tenant.spread))))
         arrive_ns = self.now_ns + round(device_ns * (1 + self.loss)) + self.overhead_ns
         # Others may come while it runs.
@@ -91,6 +94,7 @@ class RowSimulator:
         quota.charge(account, self.clock, self.now_ns, device_ns=device_ns, borrowed=borrowed)
         tenant.used_ns += device_ns
         tenant.segments.append(device_ns)
+        tenant.ends.append((self.now_ns, device_ns, borrowed))
         if tenant.pause_ns:
             quota.go_idle(account, self.clock)
             tenant.wants_from_ns = self.now_ns + tenant.pause_ns
@@ -149,6 +153,69 @@ def test_a_full_busy_row_is_shared_as_asked(
         expected = delivered * tenant.request / 1000
         slack = 2 * WINDOW * tenant.request / 1000 + 2 * max(max(other.segments) for other in tenants)
         assert abs(tenant.used_ns - expected) <= slack, shares(tenants)
+
+
+@given(
+    requests=st.lists(st.integers(10, 400), min_size=1, max_size=4),
+    limits=st.lists(st.integers(0, 1000), min_size=4, max_size=4),
+    segment_ms=st.lists(st.floats(0.3, 15), min_size=4, max_size=4),
+    pause_ms=st.lists(st.sampled_from([0.0, 0.0, 3.0, 90.0]), min_size=4, max_size=4),
+    seed=st.integers(0, 1_000),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_window_delivers_more_than_its_share(
+    requests: list[int], limits: list[int], segment_ms: list[float], pause_ms: list[float], seed: int
+) -> None:
+    tenants = [
+        Tenant(min(request, 1000 // len(requests)), max(request, limit), round(ms * MS), pause_ns=round(pause * MS))
+        for request, limit, ms, pause in zip(requests, limits, segment_ms, pause_ms, strict=False)
+    ]
+    RowSimulator(tenants, seed=seed).run(3 * SECOND)
+    for tenant in tenants:
+        owned = [(end, took) for end, took, borrowed in tenant.ends if not borrowed]
+        for permille, ends in ((tenant.request, owned), (tenant.limit, [end[:2] for end in tenant.ends])):
+            for first, (start_ns, _) in enumerate(ends):
+                inside = [took for end, took in ends[first:] if end <= start_ns + WINDOW]
+                # Its share of this window, what it had left of the one before, and one segment.
+                assert sum(inside) <= 2 * WINDOW * permille / 1000 + 2 * max(tenant.segments)
+
+
+@given(count=st.integers(2, 8), segment_ms=st.floats(0.2, 5), seed=st.integers(0, 1_000))
+@settings(max_examples=25, deadline=None)
+def test_nobody_entitled_waits_longer_than_two_windows(count: int, segment_ms: float, seed: int) -> None:
+    tenants = [Tenant(1000 // count, 1000, round(segment_ms * MS)) for _ in range(count)]
+    RowSimulator(tenants, seed=seed).run(3 * SECOND)
+    for tenant in tenants:
+        ends = [end for end, _, _ in tenant.ends]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        assert max(gaps) <= 2 * WINDOW + max(max(other.segments) for other in tenants)
+
+
+def test_turns_spare_change_overs() -> None:
+    tenants = [Tenant(250, 250, MS // 2, spread=0) for _ in range(4)]
+    row = RowSimulator(tenants, overhead_ns=MS // 10)
+    row.run(5 * SECOND)
+    for tenant in tenants:
+        tenant.ends.clear()
+    row.run(5 * SECOND)
+    order = sorted((end, index) for index, tenant in enumerate(tenants) for end, _, _ in tenant.ends)
+    changes = sum(one != other for (_, one), (_, other) in itertools.pairwise(order))
+    assert changes < len(order) / 5
+    assert shares(tenants) == pytest.approx([250] * 4, abs=5)
+
+
+def test_credit_ends_where_quota_or_limit_do() -> None:
+    clock = RowClock()
+    account = Account(500, 600, WINDOW)
+    quota.join(account, clock, 0)
+    quota.advance(clock, {0: account}, 4 * MS)
+    account.settle(clock, 4 * MS)
+    assert quota.credit_ns(account, clock, 4 * MS, borrowed=False) == 2 * MS
+    quota.charge(account, clock, 4 * MS, device_ns=2 * MS, borrowed=False)
+    assert quota.credit_ns(account, clock, 4 * MS, borrowed=False) == 0
+    assert quota.credit_ns(account, clock, 4 * MS, borrowed=True) == round(0.4 * MS)
+    account.limit_permille = 1000
+    assert quota.credit_ns(account, clock, 4 * MS, borrowed=True) == WINDOW // quota.CREDIT_PART
 
 
 def test_pauses_cost_only_the_one_that_pauses() -> None:

@@ -183,6 +183,7 @@ class ControlBlock:
         self._counters = _Group(memory, 576, "QQQQQQQQIIqq")
         self._counters_lock = threading.Lock()
         self._own_counters: Counters | None = None
+        self._known_shares: tuple[tuple[Any, ...], Shares] | None = None
 
     @classmethod
     def create(cls, path: Path | str, shares: Shares | None = None) -> ControlBlock:
@@ -254,8 +255,13 @@ class ControlBlock:
         values = self._shares.read()
         if values is None:
             raise ControlBlockError(str(self.path), "its shares are damaged")
+        known = self._known_shares
+        if known is not None and known[0] is values:
+            return known[1]  # asked for before every segment
         epoch, request, limit, sm_pct, window_ns, first_pct, exclusive, draining = values
-        return Shares(request, limit, sm_pct, window_ns, first_pct, bool(exclusive), bool(draining), epoch)
+        shares = Shares(request, limit, sm_pct, window_ns, first_pct, bool(exclusive), bool(draining), epoch)
+        self._known_shares = (values, shares)
+        return shares
 
     def write_shares(self, shares: Shares) -> int:
         """Puts shares into force and returns their epoch; `shares.epoch` is not looked at.

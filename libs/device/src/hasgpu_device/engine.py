@@ -24,6 +24,7 @@ from hasgpu_device.batches import JoinedBatch
 from hasgpu_device.control import ControlBlock
 from hasgpu_device.errors import GateTimeoutError, LoadError
 from hasgpu_device.gate import GateMember
+from hasgpu_device.ledger import SmLedger
 from hasgpu_device.segments import Run, SegmentRunner
 from hasgpu_device.tensors import Array
 from hasgpu_device.worker_config import WorkerConfig
@@ -236,7 +237,8 @@ class Engine:
 
     def _set_up(self, member: GateMember) -> tuple[SegmentRunner, models.Model]:
         backend = backends.create(self._config)
-        runner = SegmentRunner(backend, member, self._control)
+        ledger = SmLedger(self._config.ledger_path) if self._config.ledger_path else None
+        runner = SegmentRunner(backend, member, self._control, ledger=ledger)
         self._runner = runner
 
         # In a thread of its own: where a thread's priority can only be lowered, the executor must not share in it.

@@ -8,6 +8,10 @@ segment.
 **Order.** Among entitled waiters the one whose unused quota is largest *relative to its request* goes first. The
 relative quota is a time (for how long the instance has not used its share), here called *lag*.
 
+**Turns.** Changing over from one instance to another costs the row some tens of microseconds, so an instance that is
+entitled keeps the device for a turn of an eighth of a window before the order is looked at again. A turn never goes on
+beyond its quota: over-use stays below one segment.
+
 **Overload.** Buckets fill by the row's own clock. It follows the host's monotonic clock while the row keeps up. When
 every instance that waits or runs lags a whole window behind (the host itself is short of time), the row clock slows
 down to what was delivered; so the shares of what there is stay in the ratio of the requests, and no instance's unused
@@ -29,6 +33,11 @@ PERMILLE = 1_000
 UNLIMITED_PERMILLE = 1_000
 """At this limit the second bucket is not looked at: nobody can use more than the whole device."""
 FOREVER_NS = 1 << 62
+TURN_PART = 8
+"""A turn is this part of a window: long beside a change-over, short beside what a waiter can bear."""
+CREDIT_PART = 4
+"""While nobody waits, up to this part of a window is charged in one."""
+NOBODY = -1
 
 
 @dataclass(slots=True)
@@ -41,6 +50,10 @@ class RowClock:
     """Monotonic time up to which it has been moved on."""
     borrow_ns: int = 0
     """Start tag of the borrowed segment that ran last."""
+    turn: int = NOBODY
+    """Key of the instance whose turn it is."""
+    turn_left_ns: int = 0
+    """Device time left of that turn."""
 
 
 @dataclass(slots=True)
@@ -170,6 +183,9 @@ def choose(clock: RowClock, accounts: Mapping[int, Account], now_ns: int) -> tup
     Returns:
         The key of the instance and whether it borrows; None while nobody may run.
     """
+    turn = accounts.get(clock.turn) if clock.turn_left_ns > 0 else None
+    if turn is not None and turn.waiting and turn.entitled(clock, now_ns):
+        return clock.turn, False
     best: tuple[int, int] | None = None
     for key, account in accounts.items():
         if account.waiting and account.entitled(clock, now_ns):
@@ -185,6 +201,33 @@ def choose(clock: RowClock, accounts: Mapping[int, Account], now_ns: int) -> tup
             candidate = (max(account.borrow_tag_ns, clock.borrow_ns), key)
             best = candidate if best is None else min(best, candidate)
     return None if best is None else (best[1], True)
+
+
+def start(account: Account, clock: RowClock, key: int, *, borrowed: bool) -> None:
+    """The instance chosen holds the device from now on.
+
+    Args:
+        account: Whose.
+        clock: The row's clock.
+        key: Of the account.
+        borrowed: As `choose` said.
+    """
+    account.waiting, account.holding = False, True
+    if borrowed:
+        clock.turn = NOBODY
+    elif clock.turn != key or clock.turn_left_ns <= 0:
+        clock.turn, clock.turn_left_ns = key, account.window_ns // TURN_PART
+
+
+def credit_ns(account: Account, clock: RowClock, now_ns: int, *, borrowed: bool) -> int:
+    """Returns how much device time the holder may use before it has to be charged, while nobody else waits."""
+    credit_ns = account.window_ns // CREDIT_PART
+    if not borrowed:
+        credit_ns = min(credit_ns, account.lag_ns(clock) * account.request_permille // PERMILLE)
+    if account.limit_permille < UNLIMITED_PERMILLE and not account.background:
+        allowance = account.allowance + (now_ns - account.allowance_seen_ns) * account.limit_permille
+        credit_ns = min(credit_ns, allowance // PERMILLE)
+    return max(0, credit_ns)
 
 
 def charge(account: Account, clock: RowClock, now_ns: int, *, device_ns: int, borrowed: bool) -> None:
@@ -206,6 +249,7 @@ def charge(account: Account, clock: RowClock, now_ns: int, *, device_ns: int, bo
         account.borrow_tag_ns = start_ns + device_ns * PERMILLE // account.request_permille
     else:
         account.quota -= device_ns * PERMILLE
+        clock.turn_left_ns -= device_ns
 
 
 def reshape(

@@ -15,8 +15,11 @@ from typing import TypeVar
 from hasgpu_device.backends import DeviceBackend
 from hasgpu_device.control import ControlBlock, Shares
 from hasgpu_device.gate import GateMember, Grant
+from hasgpu_device.ledger import SmLedger
 
 SEGMENT_NS = 5_000_000
+PUBLISH_NS = 5_000_000
+"""While nothing changes, the counters are told after this much device time, not after every short segment."""
 MAX_RECORDED_SEGMENTS = 256
 """Segments of one batch that are recorded singly; the sums count all."""
 
@@ -60,6 +63,7 @@ class SegmentRunner:
         backend: The device.
         member: This instance's slot at its row's gate.
         control: The instance's control block: shares are read there, counters written.
+        ledger: Of the device; None: partitions never overlap there.
         segment_ns: Device time after which a segment ends at the next boundary.
 
     Attributes:
@@ -67,11 +71,19 @@ class SegmentRunner:
     """
 
     def __init__(
-        self, backend: DeviceBackend, member: GateMember, control: ControlBlock, *, segment_ns: int = SEGMENT_NS
+        self,
+        backend: DeviceBackend,
+        member: GateMember,
+        control: ControlBlock,
+        *,
+        ledger: SmLedger | None = None,
+        segment_ns: int = SEGMENT_NS,
     ) -> None:
         self.backend = backend
         self._member = member
         self._control = control
+        self._ledger = ledger
+        self._in_ledger = False
         self._segment_ns = segment_ns
         self._thread_id = -1
         self._run: Run | None = None
@@ -82,8 +94,11 @@ class SegmentRunner:
         self._applied: Shares | None = None
         self._used_ns = self._borrowed_ns = self._segments_count = self._gate_wait_ns = self._longest_ns = 0
         self._batches_count = 0
+        self._published_ns = 0
+        self._epoch = 0
         self.lingers = False
         member.refresh = control.read_shares
+        member.on_change = self._acknowledge
 
     def poll(self) -> None:
         """Puts changed shares into force while no batch runs; called by the executor thread every few milliseconds."""
@@ -158,7 +173,8 @@ class SegmentRunner:
             return
         device_ns = self._end(run)
         grant = self._member.renew(device_ns)
-        self._publish()
+        if not grant.kept or self._used_ns - self._published_ns >= PUBLISH_NS:
+            self._publish()
         self._begin(grant)
 
     def _begin(self, grant: Grant) -> None:
@@ -168,12 +184,22 @@ class SegmentRunner:
         run.gate_wait_ns += grant.wait_ns
         self._gate_wait_ns += grant.wait_ns
         self._apply()
+        if self._ledger is not None and self._member.shares.exclusive:
+            shares = self._member.shares
+            self._in_ledger = True
+            waited_ns = self._ledger.take(shares.first_pct, shares.sm_pct)
+            run.gate_wait_ns += waited_ns
+            self._gate_wait_ns += waited_ns
         self._segment_start_unix_ns = time.time_ns()
         self._held_since_ns = time.monotonic_ns()
         self.backend.start_segment()
 
     def _end(self, run: Run) -> int:
         device_ns = self.backend.stop_segment()
+        if self._in_ledger:
+            assert self._ledger is not None
+            self._ledger.give()
+            self._in_ledger = False
         self._held_before_ns += time.monotonic_ns() - self._held_since_ns
         self._held_since_ns = 0
         run.device_ns += device_ns
@@ -200,11 +226,17 @@ class SegmentRunner:
         if before is None or (shares.sm_pct, shares.first_pct) != (before.sm_pct, before.first_pct):
             self.backend.apply_sm(shares.sm_pct, shares.first_pct)
         self._applied = shares
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Tells that the shares in force are; while it waits, no segment runs that might not be bound by them."""
+        self._epoch = self._member.shares.epoch
         self._publish()
 
     def _publish(self) -> None:
+        self._published_ns = self._used_ns
         self._control.update_counters(
-            applied_epoch=self._applied.epoch if self._applied else 0,
+            applied_epoch=self._epoch,
             used_ns=self._used_ns,
             borrowed_ns=self._borrowed_ns,
             debt_ns=self._member.debt_ns,
