@@ -73,23 +73,23 @@ class StoreContract:
         assert (await store.get("hasgpu:a")).value == str(won.index(True)).encode()
 
     async def test_a_lease_has_one_owner_until_it_runs_out(self, store, wait):
-        fence = await store.acquire_lease("scaler", "a", ttl_s=0.4)
+        fence = await store.acquire_lease("scaler", "a", ttl_s=2.0)
         assert fence is not None
-        assert await store.acquire_lease("scaler", "b", ttl_s=0.4) is None
-        assert await store.acquire_lease("scaler", "a", ttl_s=0.4) == fence
+        assert await store.acquire_lease("scaler", "b", ttl_s=2.0) is None
+        assert await store.acquire_lease("scaler", "a", ttl_s=2.0) == fence
         assert await store.acquire_lease("scheduler", "b", ttl_s=10.0) is not None
-        await wait(0.6)
+        await wait(2.2)
         newer = await store.acquire_lease("scaler", "b", ttl_s=10.0)
         assert newer is not None
         assert newer.token > fence.token
         assert await store.acquire_lease("scaler", "a", ttl_s=10.0) is None
 
     async def test_renewing_makes_a_lease_last(self, store, wait):
-        fence = await store.acquire_lease("scaler", "a", ttl_s=0.6)
+        fence = await store.acquire_lease("scaler", "a", ttl_s=2.0)
         for _ in range(3):
-            await wait(0.3)
-            assert await store.acquire_lease("scaler", "a", ttl_s=0.6) == fence
-        assert await store.acquire_lease("scaler", "b", ttl_s=0.6) is None
+            await wait(0.8)
+            assert await store.acquire_lease("scaler", "a", ttl_s=2.0) == fence
+        assert await store.acquire_lease("scaler", "b", ttl_s=2.0) is None
 
     async def test_a_released_lease_is_free_and_only_its_owner_releases(self, store):
         fence = await store.acquire_lease("scaler", "a", ttl_s=10.0)

@@ -120,13 +120,15 @@ async def test_a_call_is_a_child_of_its_caller(traces, spans):
     server = create_server(address="127.0.0.1:0", telemetry=traces)
     gateway_pb2_grpc.add_FunctionServiceServicer_to_server(Service(), server)
     await server.start()
-    async with open_channel(server.address, telemetry=traces) as channel:
-        stub = gateway_pb2_grpc.FunctionServiceStub(channel)
-        with traces.span("scaler.decide"):
-            await stub.GetFunction(gateway_pb2.GetFunctionRequest())
-            async for _ in stub.WatchFunctions(gateway_pb2.WatchFunctionsRequest()):
-                pass
-    await server.stop(None)
+    try:
+        async with open_channel(server.address, telemetry=traces) as channel:
+            stub = gateway_pb2_grpc.FunctionServiceStub(channel)
+            with traces.span("scaler.decide"):
+                await stub.GetFunction(gateway_pb2.GetFunctionRequest())
+                async for _ in stub.WatchFunctions(gateway_pb2.WatchFunctionsRequest()):
+                    pass
+    finally:
+        await server.stop(None)
     by_name = {span.attributes.get("rpc.method", span.name): span for span in spans.get_finished_spans()}
     caller = by_name["scaler.decide"]
     for method in ("GetFunction", "WatchFunctions"):

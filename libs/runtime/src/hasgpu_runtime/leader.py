@@ -33,7 +33,7 @@ class LeaderLease:
         ttl_s: float = TTL_S,
         on_change: Callable[[], None] | None = None,
     ) -> None:
-        """Use `keep`, or `run` in a task of your own.
+        """Use `keep`.
 
         Args:
             store: Holds the lease.
@@ -67,12 +67,12 @@ class LeaderLease:
     ) -> AsyncIterator[Self]:
         """Keeps trying and renewing for the length of the block, then gives the lease up."""
         leader = cls(store, lease, owner=owner, clock=clock, ttl_s=ttl_s, on_change=on_change)
-        task = asyncio.create_task(leader.run(), name=f"lease {lease}")
+        task = asyncio.create_task(leader._run(), name=f"lease {lease}")
         try:
             yield leader
         finally:
             await end_task(task)
-            await leader.release()
+            await leader._release()
 
     @property
     def fence(self) -> Fence | None:
@@ -81,7 +81,12 @@ class LeaderLease:
             return None
         return self._held
 
-    async def run(self) -> None:
+    def lost(self) -> None:
+        """A write was fenced off: forget the lease until it is taken anew."""
+        self._held = None
+        self._tell()
+
+    async def _run(self) -> None:
         """Tries and renews until it is cancelled; a store that is away costs the leadership, not the task."""
         while True:
             began_s = self._clock.now_s()
@@ -95,8 +100,11 @@ class LeaderLease:
             self._tell()
             await self._clock.sleep(self._ttl_s / 3)
 
-    async def release(self) -> None:
-        """Gives the lease up, so that another replica need not wait for it to run out."""
+    async def _release(self) -> None:
+        """Gives the lease up, so that another replica need not wait for it to run out.
+
+        Only when `_run` has ended: it would take the lease again, perhaps before any other replica tries.
+        """
         self._held = None
         self._tell()
         try:
@@ -104,11 +112,6 @@ class LeaderLease:
                 await self._store.release_lease(self._lease, self._owner)
         except (HasgpuError, TimeoutError) as error:
             _log.debug("lease %s could not be released: %r", self._lease, error)
-
-    def lost(self) -> None:
-        """A write was fenced off: forget the lease until it is taken anew."""
-        self._held = None
-        self._tell()
 
     def _take(self, fence: Fence | None, asked_s: float) -> None:
         """The time runs from before the store was asked, so it ends here before it ends there."""
