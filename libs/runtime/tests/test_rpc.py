@@ -18,6 +18,7 @@ from hasgpu_runtime.testing import TcpProxy
 
 EXAMPLES = [
     errors.InvalidError("slo_ms", expected="1..600000", got="0"),
+    errors.ProfileFileError(3, "latency_us", expected="a number above 0", got="nan"),
     errors.NotFoundError("function", "minilm"),
     errors.AlreadyExistsError("function", "minilm"),
     errors.ConflictError("hasgpu:plan:a", expected_revision=3, actual_revision=4),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from hasgpu_runtime import service
 from hasgpu_runtime.brokers import NatsServer, RedisServer
 
 PROGRAM = """
@@ -99,3 +101,21 @@ def test_it_can_be_stopped_while_it_waits_for_its_brokers():
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+async def test_a_task_that_swallows_a_cancellation_is_cancelled_again(monkeypatch):
+    monkeypatch.setattr(service, "CANCEL_AGAIN_S", 0.01)
+    swallowed = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.append(1)
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(60), service._Group() as group:
+        group.create_task(stubborn())
+        await asyncio.sleep(0)
+        await group.end()
+    assert swallowed == [1]

@@ -2,6 +2,7 @@
 
 HasgpuError
 ├── InvalidError          the caller gave something that can't be; says what, what was expected, what came
+│   └── ProfileFileError  a profile file can't be read; says line and column
 ├── NotFoundError         no such function, instance, node, ...
 ├── AlreadyExistsError    the name is taken
 ├── ConflictError         the state moved on since it was read (compare-and-set)
@@ -37,6 +38,20 @@ class InvalidError(HasgpuError):
         if got:
             text += f"{', ' if expected else ': '}got {got}"
         super().__init__(text)
+
+
+class ProfileFileError(InvalidError):
+    """A profile file can't be read.
+
+    Attributes:
+        line: 1 and up; 1 is the header.
+        column: Name of the column, or the header's key.
+    """
+
+    def __init__(self, line: int, column: str, *, expected: str, got: str) -> None:
+        self.line = line
+        self.column = column
+        super().__init__(f"profile file, line {line}, {column}", expected=expected, got=got)
 
 
 class NotFoundError(HasgpuError):

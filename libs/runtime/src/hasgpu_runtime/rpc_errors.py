@@ -14,6 +14,7 @@ from hasgpu_core.errors import HasgpuError
 
 STATUS: Mapping[type[HasgpuError], grpc.StatusCode] = {
     errors.InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ProfileFileError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
     errors.ConflictError: grpc.StatusCode.ABORTED,
@@ -49,6 +50,7 @@ _FIELDS: Mapping[type[HasgpuError], Mapping[str, Any]] = {
     errors.FencedError: {"lease": "", "token": 0, "current_token": 0},
     errors.IntegrityError: {"expected_sha256": "", "got_sha256": ""},
     errors.InvalidError: {"what": "", "expected": "", "got": ""},
+    errors.ProfileFileError: {"what": "", "expected": "", "got": "", "line": 0, "column": ""},
 }
 """Typed fields do not cross the wire; a rebuilt error has these and the whole message."""
 

@@ -32,6 +32,7 @@ _R = TypeVar("_R")
 
 STOP_TIMEOUT_S = 20.0
 """How long a service that was told to stop may take."""
+CANCEL_AGAIN_S = 2.0
 EXIT_FAILED = 1
 EXIT_CONFIGURATION = 2
 
@@ -156,12 +157,12 @@ async def _run(
             watching = group.create_task(_bound_stop(clock, stop, running), name="stop")
             await asyncio.wait((running,))
             watching.cancel()
-            group.cancel()
+            await group.end()
     _log.info("%s has stopped", name)
 
 
 class _Group(asyncio.TaskGroup):
-    """A task group that can be told to cancel what still runs."""
+    """A task group that can be told to end what still runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,10 +181,12 @@ class _Group(asyncio.TaskGroup):
         task.add_done_callback(self._running.discard)
         return task
 
-    def cancel(self) -> None:
-        """Cancels all tasks."""
-        for task in self._running:
-            task.cancel()
+    async def end(self) -> None:
+        """Cancels all tasks until they have ended; now and then a call of gRPC or NATS swallows a cancellation."""
+        while self._running:
+            for task in self._running:
+                task.cancel()
+            await asyncio.wait(tuple(self._running), timeout=CANCEL_AGAIN_S)
 
 
 @asynccontextmanager
