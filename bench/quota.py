@@ -1,306 +1,300 @@
 """How exactly a quota is kept: asked against effective share of the device.
 
-Tenants are processes that run a matrix product in segments of about 5 ms, always have work, and pass the same gate with
-the same control block and device backend as a worker. The tested tenant's device time is compared with the wall clock,
-alone in its row, with two saturating tenants that share the rest of the row, and alone beside a second busy row.
+    python bench/quota.py [--device cpu|emulated|cuda] [--seconds 10] [--json bench/results/<device>/quota.json]
 
-    python bench/quota.py [--device cpu] [--seconds 5] [--json bench/results/cpu/quota.json]
+Tenants are processes that always have work and pass the same gate with the same control block and device backend as a
+worker (`tenants.py`). Measured are: one tenant alone; 2, 4 and 8 that share a row, whose requests fill it; three full
+rows side by side; a tenant whose limit is the whole device, alone and when the others come back; and what the gate
+costs a tenant that has the device to itself.
 
-On a busy host a row delivers less than the wall clock has: `delivered_permille` says how much, `of_row_permille` which
-part of that the tested tenant got.
+The tested tenant's device time is compared with the wall clock (`got_permille`, `error_pct`). On a CPU device a busy
+host withholds time from running segments: `withheld_permille` of the row's clock. `gate_error_pct` compares with what
+was left of it, and only where the row's requests fill it. `longest_wait_ms` is the longest wait of the tested tenant
+while it was entitled to the device by its request.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasgpu_device.backends.cpu import CpuBackend, probe
-from hasgpu_device.control import ControlBlock, Shares
-from hasgpu_device.gate import GateMember, RowGate
-from hasgpu_device.segments import SegmentRunner
+from hasgpu_device.control import DEFAULT_WINDOW_NS, Shares
+from tenants import DEVICES, House, Tenant, as_row, describe, write
 
-QUOTAS_PERMILLE = (100, 200, 300, 500, 800)
-PAIR_QUOTAS_PERMILLE = (200, 500)
-SEGMENT_MS = 5.0
-SETTLE_S = 0.5
+QUOTAS_PERMILLE = (50, 100, 200, 300, 500, 800)
+SEGMENTS_MS = (1.0, 5.0, 15.0)
+TENANTS = (2, 4, 8)
+SETTLE_S = 1.0
 SAMPLE_S = 1.0
+ROWS_SM_PCT = 33
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """What is asked."""
+class Result:
+    """One line."""
 
     tenants: int
     """In the tested tenant's row."""
     rows: int
-    quota_permille: int
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came of it."""
-
-    tenants: int
-    rows: int
     segment_ms: float
-    """Mean device time of a segment."""
     quota_permille: int
     limit_permille: int
     got_permille: float
     """Device time of the tested tenant by the wall clock."""
     error_pct: float
     """Of it against the quota, relative."""
-    of_row_permille: float
-    """Of it against what its row delivered to all."""
-    delivered_permille: float
-    """What its row delivered, by the wall clock."""
+    gate_error_pct: float
+    """Of it against the quota of what the host did not withhold."""
+    worst_error_pct: float
+    """`gate_error_pct` of the worst tenant of the row."""
     spread_points: float
     """Standard deviation of the shares in samples of 1 s, in points of per cent."""
     longest_wait_ms: float
-    """Of the tested tenant at the gate."""
+    """Of the tested tenant at the gate while it was entitled."""
     overhead_pct: float
-    """CPU time that the tested tenant spent beside its segments (gate, counters), relative to them."""
+    """CPU time that the tested tenant spent beside its segments, relative to them."""
+    row_permille: float
+    """What the row delivered to all its tenants."""
+    withheld_permille: float
+    """What the host withheld from the row's running segments."""
+    boundary_us: float
+    """Median duration of a segment boundary at which the device was kept."""
 
 
-def tenant(folder: Path, gate: Path, cores: float) -> None:
-    """A tenant process: runs or idles as told on standard input; `report` prints what happened since the last one."""
-    import torch
-
-    backend = CpuBackend(cores, nice=0)
-    backend.setup()
-    control = ControlBlock.open(folder)
-    matrix = torch.randn(192, 192)
-    commands: list[str] = []
-    threading.Thread(target=lambda: commands.extend(iter(sys.stdin.readline, "")), daemon=True).start()
-    running = False
-    longest_wait_ns = 0
-    used_ns = segments = 0
-    cpu_from_ns = time.thread_time_ns()
-
-    def work() -> None:
-        while backend.running_ns() < SEGMENT_MS * 1e6:
-            torch.mm(matrix, matrix)
-
-    with GateMember(gate, control.read_shares()) as member:
-        runner = SegmentRunner(backend, member, control)
-        print("ready", flush=True)
-        while True:
-            while commands:
-                command = commands.pop(0).strip()
-                if command == "report":
-                    overhead_ns = time.thread_time_ns() - cpu_from_ns - used_ns
-                    print(json.dumps([longest_wait_ns, overhead_ns / max(1, used_ns), used_ns / max(1, segments)]))
-                    sys.stdout.flush()
-                    longest_wait_ns = used_ns = segments = 0
-                    cpu_from_ns = time.thread_time_ns()
-                running = command == "run" or (running and command == "report")
-            if not running:
-                if runner.lingers:
-                    runner.withdraw()
-                runner.poll()
-                time.sleep(0.005)
-                continue
-            _, run = runner.run(work, linger=lambda: not commands)
-            longest_wait_ns = max(longest_wait_ns, run.gate_wait_ns)
-            used_ns += run.device_ns
-            segments += run.segments_count
+def edge(tenant: Tenant) -> tuple[int, int]:
+    """Waits for a change of a tenant's counters; returns the time and its device time then."""
+    before = tenant.used_ns()
+    give_up_ns = time.monotonic_ns() + 5_000_000_000
+    while (used_ns := tenant.used_ns()) == before and time.monotonic_ns() < give_up_ns:
+        time.sleep(0.0005)
+    return time.monotonic_ns(), used_ns
 
 
-class Tenant:
-    """A tenant process and its control block, as the agent would hold it."""
-
-    def __init__(self, folder: Path, name: str, gate: Path, cores: float) -> None:
-        self.control = ControlBlock.create(folder / name, Shares(10, 10))
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--tenant", str(folder / name), str(gate), str(cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def say(self, command: str) -> None:
-        """Sends a command."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-
-    def hear(self) -> str:
-        """Reads an answer; SystemExit when the process has died."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a tenant ended with code {self.process.wait()}")
-        return line.strip()
-
-    def set_shares(self, shares: Shares) -> None:
-        """Changes the shares and waits until they are in force."""
-        epoch = self.control.write_shares(shares)
-        while self.control.read_counters().applied_epoch < epoch:
-            if self.process.poll() is not None:
-                raise SystemExit(f"a tenant ended with code {self.process.returncode}")
-            time.sleep(0.002)
-
-    def used_ns(self) -> int:
-        """Returns its device time so far."""
-        return self.control.read_counters().used_ns
-
-    def edge(self) -> tuple[int, int]:
-        """Waits for the end of a segment; returns the time and the device time then."""
-        before = self.used_ns()
-        give_up_ns = time.monotonic_ns() + 2_000_000_000
-        while (used_ns := self.used_ns()) == before and time.monotonic_ns() < give_up_ns:
-            time.sleep(0.0005)
-        return time.monotonic_ns(), used_ns
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.communicate()
-        self.control.close()
+def split_rest(rest: int, count: int) -> list[int]:
+    """Returns what is left of a row, in about equal parts."""
+    return [rest // count + (index < rest % count) for index in range(count)]
 
 
-def measure(case: Case, row: list[Tenant], beside: Tenant, *, sm_pct: int, seconds: float) -> Result:
-    """Runs one case."""
-    tested, others = row[0], row[1 : case.tenants]
-    rest = 1_000 - case.quota_permille
-    tested.set_shares(Shares(case.quota_permille, case.quota_permille, sm_pct))
-    for index, other in enumerate(others):
-        # Only the quotient matters to the others; the remainder goes to the first.
-        part = rest // len(others) + (rest % len(others) if index == 0 else 0)
-        other.set_shares(Shares(part, part, sm_pct))
-    active = [tested, *others]
-    if case.rows > 1:
-        beside.set_shares(Shares(1_000, 1_000, sm_pct))
-        active.append(beside)
+def measure(
+    house: House, *, count: int, rows: int, segment_ms: float, quota: int, limit: int | None, seconds: float
+) -> Result:
+    """Runs one case: the first tenant of the first row is tested."""
+    sm_pct = ROWS_SM_PCT if rows > 1 else house.whole_pct
+    active: list[Tenant] = []
+    requests: list[int] = []
+    for index, row in enumerate(house.rows[:rows]):
+        asked = [quota, *split_rest(1_000 - quota, count - 1)] if count > 1 else [quota]
+        for tenant, request in zip(row, asked, strict=False):
+            tenant.set_shares(Shares(request, limit or request, sm_pct, first_pct=index * sm_pct))
+        active += row[:count]
+        requests += asked
     for one in active:
-        one.say("run")
+        one.say("run", segment_ns=round(segment_ms * 1e6))
     time.sleep(SETTLE_S)
-    tested.say("report")
-    tested.hear()
-    delivered_from_ns = sum(one.used_ns() for one in row)
-    began_ns, used_from_ns = tested.edge()
-    sample_at, sample_used = began_ns, used_from_ns
-    samples = []
-    while time.monotonic_ns() - began_ns < (seconds - SAMPLE_S / 2) * 1e9:
-        time.sleep(SAMPLE_S)
-        now_ns, used_ns = time.monotonic_ns(), tested.used_ns()
-        samples.append(100 * (used_ns - sample_used) / (now_ns - sample_at))
-        sample_at, sample_used = now_ns, used_ns
-    ended_ns, used_to_ns = tested.edge()
-    delivered_ns = sum(one.used_ns() for one in row) - delivered_from_ns
-    tested.say("report")
-    longest_wait_ns, overhead, segment_ns = json.loads(tested.hear())
+    for one in active:
+        one.report()
+    tested, own = active[0], active[:count]
+    began_ns, used_from_ns = edge(tested)
+    own_from = [one.used_ns() for one in own]
+    samples = sample(tested, seconds)
+    ended_ns, used_to_ns = edge(tested)
+    own_got = [one.used_ns() - start for one, start in zip(own, own_from, strict=True)]
+    reports = [one.report() for one in active]
     for one in active:
         one.say("idle")
     elapsed_ns = ended_ns - began_ns
-    got_permille = 1_000 * (used_to_ns - used_from_ns) / elapsed_ns
+    own_got[0] = used_to_ns - used_from_ns
+    withheld = 1_000 * sum(report["withheld_ns"] for report in reports[:count]) / elapsed_ns
+    is_full = sum(requests[:count]) >= 1_000
+    part = max(1e-9, (1_000 - withheld) / 1_000) if is_full else 1.0
+    got = [1_000 * ns / elapsed_ns for ns in own_got]
+    errors = [100 * (have / (want * part) - 1) for have, want in zip(got, requests, strict=False)]
     return Result(
-        tenants=case.tenants,
-        rows=case.rows,
-        segment_ms=round(segment_ns / 1e6, 3),
-        quota_permille=case.quota_permille,
-        limit_permille=case.quota_permille,
-        got_permille=round(got_permille, 2),
-        error_pct=round(100 * (got_permille / case.quota_permille - 1), 2),
-        of_row_permille=round(1_000 * (used_to_ns - used_from_ns) / max(1, delivered_ns), 1),
-        delivered_permille=round(1_000 * delivered_ns / elapsed_ns, 1),
-        spread_points=round(statistics.stdev(samples), 2) if len(samples) > 1 else 0.0,
-        longest_wait_ms=round(longest_wait_ns / 1e6, 2),
-        overhead_pct=round(100 * overhead, 2),
+        tenants=count,
+        rows=rows,
+        segment_ms=segment_ms,
+        quota_permille=quota,
+        limit_permille=limit or quota,
+        got_permille=got[0],
+        error_pct=100 * (got[0] / quota - 1),
+        gate_error_pct=errors[0],
+        worst_error_pct=max(errors, key=abs),
+        spread_points=statistics.stdev(samples) if len(samples) > 1 else 0.0,
+        longest_wait_ms=reports[0]["longest_entitled_ns"] / 1e6,
+        overhead_pct=100 * reports[0]["overhead"],
+        row_permille=sum(got),
+        withheld_permille=withheld,
+        boundary_us=reports[0]["boundary_us"],
     )
 
 
-def run(seconds: float) -> dict[str, Any]:
-    """Runs all cases; returns the document to be written."""
-    device = probe("bench")
-    cores = float(device.model.removeprefix("cpu-").removesuffix("c"))
-    sm_pct = 50 if cores >= 2 else 100
-    cases = [Case(tenants, 1, quota) for tenants in (1, 3) for quota in QUOTAS_PERMILLE]
-    if sm_pct == 50:
-        cases += [Case(1, 2, quota) for quota in PAIR_QUOTAS_PERMILLE]
-    shared_memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as name:
-        folder = Path(name)
-        gates = [folder / f"row{index}.gate" for index in range(2)]
-        for gate in gates:
-            RowGate.create(gate).close()
-        tenants = [Tenant(folder, f"tenant{index}", gates[index // 3], cores) for index in range(4)]
-        try:
-            for one in tenants:
-                one.hear()
-            results = []
-            print_header()
-            for case in cases:
-                results.append(measure(case, tenants[:3], tenants[3], sm_pct=sm_pct, seconds=seconds))
-                print_row(results[-1])
-        finally:
-            for one in tenants:
-                one.close()
+def sample(tenant: Tenant, seconds: float) -> list[float]:
+    """Returns a tenant's share, in per cent, in samples of 1 s."""
+    samples = []
+    at_ns, used_ns = began_ns, _ = time.monotonic_ns(), 0
+    used_ns = tenant.used_ns()
+    while time.monotonic_ns() - began_ns < (seconds - SAMPLE_S / 2) * 1e9:
+        time.sleep(SAMPLE_S)
+        now_ns, now_used_ns = time.monotonic_ns(), tenant.used_ns()
+        samples.append(100 * (now_used_ns - used_ns) / (now_ns - at_ns))
+        at_ns, used_ns = now_ns, now_used_ns
+    return samples
+
+
+def lend_and_give_back(house: House, seconds: float) -> dict[str, Any]:
+    """A tenant with a request of 10 % and a limit of 100 %: alone, and what it gets once three others want theirs."""
+    borrower, *others = house.rows[0][:4]
+    borrower.set_shares(Shares(100, 1_000, house.whole_pct))
+    for other in others:
+        other.set_shares(Shares(300, 300, house.whole_pct))
+    borrower.say("run", segment_ns=5_000_000)
+    time.sleep(SETTLE_S)
+    began_ns, from_ns = edge(borrower)
+    time.sleep(seconds)
+    ended_ns, to_ns = edge(borrower)
+    alone = 1_000 * (to_ns - from_ns) / (ended_ns - began_ns)
+    firsts, waits = [], []
+    for _ in range(max(3, round(seconds))):
+        for other in others:
+            other.report()
+        borrower.report()
+        came_unix_ns = time.time_ns()
+        for other in others:
+            other.say("run", segment_ns=5_000_000)
+        time.sleep(0.4)
+        log = borrower.report()["log"]
+        window = [
+            used for _, end, used, _ in log if 0 <= end - came_unix_ns - DEFAULT_WINDOW_NS < 5 * DEFAULT_WINDOW_NS
+        ]
+        firsts.append(sum(window) / (5 * DEFAULT_WINDOW_NS) * 1_000)
+        waits.append(max(other.report()["longest_entitled_ns"] for other in others) / 1e6)
+        for other in others:
+            other.say("idle")
+        time.sleep(0.2)
+    borrower.say("idle")
     return {
-        "device": device.model,
+        "request_permille": 100,
+        "limit_permille": 1_000,
+        "alone_permille": round(alone, 1),
+        "others": len(others),
+        "others_request_permille": 300,
+        "windows_2_to_6_permille": round(statistics.median(firsts), 1),
+        "longest_wait_of_others_ms": round(statistics.median(waits), 2),
+    }
+
+
+def cost(house: House, seconds: float) -> list[dict[str, Any]]:
+    """What the gate costs a tenant alone with the whole device: device time delivered, with and without, in turns."""
+    tenant = house.rows[0][0]
+    tenant.set_shares(Shares(1_000, 1_000, house.whole_pct))
+    found = []
+    for segment_ms in SEGMENTS_MS[:2]:
+        ratios, boundaries = [], []
+        tenant.say("run", segment_ns=round(segment_ms * 1e6))
+        time.sleep(SETTLE_S)
+        for _ in range(max(3, round(seconds))):
+            tenant.report()
+            began_ns, from_ns = edge(tenant)
+            time.sleep(0.5)
+            ended_ns, to_ns = edge(tenant)
+            gated = (to_ns - from_ns) / (ended_ns - began_ns)
+            boundaries.append(tenant.report()["boundary_us"])
+            tenant.say("idle", segment_ns=round(segment_ms * 1e6))
+            tenant.say("plain", seconds=0.5)
+            ratios.append(100 * (1 - gated / tenant.hear()))
+            tenant.say("run")
+            time.sleep(0.1)
+        tenant.say("idle")
+        found.append(
+            {
+                "segment_ms": segment_ms,
+                "throughput_lost_pct": round(statistics.median(ratios), 2),
+                "boundary_us": round(statistics.median(boundaries), 2),
+            }
+        )
+    return found
+
+
+def run(device: str, seconds: float, mode: str, *, quick: bool) -> dict[str, Any]:
+    """Runs all cases; returns the document to be written."""
+    quotas = QUOTAS_PERMILLE[2:5:2] if quick else QUOTAS_PERMILLE
+    lengths = SEGMENTS_MS[1:2] if quick else SEGMENTS_MS
+    cases = [(1, 1, ms, quota) for ms in lengths for quota in quotas]
+    cases += [(count, 1, 5.0, quota) for count in TENANTS for quota in quotas]
+    cases += [(count, 1, ms, 200) for count in TENANTS for ms in lengths if ms != 5.0]
+    results: list[Result] = []
+    print("  ".join(title for title, _ in COLUMNS), flush=True)
+    with House(device, [8], mode=mode) as house:
+        for count, rows, segment_ms, quota in cases:
+            results.append(
+                measure(house, count=count, rows=rows, segment_ms=segment_ms, quota=quota, limit=None, seconds=seconds)
+            )
+            print_row(results[-1])
+        lent = lend_and_give_back(house, seconds)
+        print(f"lent: {lent}", flush=True)
+        costs = cost(house, seconds)
+        print(f"cost: {costs}", flush=True)
+    with House(device, [2, 2, 2], mode=mode) as house:
+        for quota in quotas:
+            results.append(measure(house, count=2, rows=3, segment_ms=5.0, quota=quota, limit=None, seconds=seconds))
+            print_row(results[-1])
+    return {
+        "device": describe(device),
         "seconds": seconds,
-        "sm_pct": sm_pct,
-        "window_ms": Shares(1, 1).window_ns / 1e6,
-        "capabilities": list(device.capabilities),
-        "rows": [asdict(result) for result in results],
+        "window_ms": DEFAULT_WINDOW_NS / 1e6,
+        "rows": [as_row(result) for result in results],
+        "lent": lent,
+        "cost": costs,
     }
 
 
 COLUMNS = (
     ("tenants", "tenants"),
     ("rows", "rows"),
+    ("segment ms", "segment_ms"),
     ("asked ‰", "quota_permille"),
     ("got ‰", "got_permille"),
     ("error %", "error_pct"),
-    ("of row ‰", "of_row_permille"),
-    ("row gave ‰", "delivered_permille"),
+    ("gate's error %", "gate_error_pct"),
+    ("worst %", "worst_error_pct"),
+    ("row gave ‰", "row_permille"),
+    ("withheld ‰", "withheld_permille"),
     ("spread pt", "spread_points"),
     ("longest wait ms", "longest_wait_ms"),
-    ("segment ms", "segment_ms"),
     ("overhead %", "overhead_pct"),
+    ("boundary us", "boundary_us"),
 )
-
-
-def print_header() -> None:
-    """Prints the table's head."""
-    print("  ".join(title for title, _ in COLUMNS), flush=True)
 
 
 def print_row(result: Result) -> None:
     """Prints a line of the table."""
-    values = asdict(result)
-    print("  ".join(f"{values[key]:>{len(title)}}" for title, key in COLUMNS), flush=True)
+    values = as_row(result)
+    cells = []
+    for title, key in COLUMNS:
+        value = values[key]
+        cells.append(f"{value:>{len(title)}.2f}" if isinstance(value, float) else f"{value:>{len(title)}}")
+    print("  ".join(cells), flush=True)
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Asked against effective share of device time.")
-    parser.add_argument("--device", default="cpu", choices=["cpu"], help="kind of device (cpu)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="measured for each line (5)")
+    parser.add_argument("--device", default="cpu", choices=DEVICES, help="kind of device (cpu)")
+    parser.add_argument("--mode", default="", help="of a cuda device: as its probe found it")
+    parser.add_argument("--seconds", type=float, default=10.0, help="measured for each line (10)")
+    parser.add_argument("--quick", action="store_true", help="a few of the cases")
     parser.add_argument("--json", type=Path, help="where the figures go (bench/results/<device>/quota.json)")
-    parser.add_argument("--tenant", nargs=3, metavar=("CONTROL", "GATE", "CORES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.tenant:
-        tenant(Path(options.tenant[0]), Path(options.tenant[1]), float(options.tenant[2]))
-        return
     if options.seconds < 1:
         parser.error(f"--seconds: expected at least 1, got {options.seconds:g}")
-    document = run(options.seconds)
-    path = options.json or RESULTS / options.device / "quota.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written to {path}")
+    document = run(options.device, options.seconds, options.mode, quick=options.quick)
+    folder = document["device"] if options.device == "cuda" else options.device
+    write(options.json or RESULTS / folder / "quota.json", document)
 
 
 if __name__ == "__main__":

@@ -23,20 +23,23 @@ def test_shares_come_back_and_the_epoch_grows(tmp_path: Path) -> None:
 def test_creating_twice_keeps_what_is_there(tmp_path: Path) -> None:
     with ControlBlock.create(tmp_path / "control", Shares(200, 500)) as block:
         block.write_shares(Shares(300, 500))
-        block.write_counters(Counters(used_ns=7))
+        block.write_usage(1, used_ns=7)
     with ControlBlock.create(tmp_path / "control", Shares(900, 900)) as block:
         assert block.read_shares() == Shares(300, 500, epoch=2)
         assert block.read_counters().used_ns == 7
 
 
 def test_counters_come_back(tmp_path: Path) -> None:
-    counters = Counters(3, 10, 11, 12, 13, 14, 15, 16, InstanceState.DRAINING, 17, 18, 19)
+    counters = Counters(3, 10, 11, 12, 13, 14, 15, 16, InstanceState.DRAINING, 17)
     with ControlBlock.create(tmp_path / "control") as block:
         assert block.read_counters() == Counters()
-        block.write_counters(counters)
+        block.write_usage(3, 10, 11, 12, 13, 14, 15, 16)
+        block.write_state(InstanceState.DRAINING, 17)
         assert block.read_counters() == counters
-        assert block.update_counters(used_ns=99).used_ns == 99
-        assert block.read_counters().batches_count == 13
+        block.beat_worker()
+        later = block.read_counters()
+        assert (later.state, later.pid, later.used_ns) == (InstanceState.DRAINING, 17, 10)
+        assert later.heartbeat_monotonic_ns > 0
 
 
 def test_heartbeats_move_on(tmp_path: Path) -> None:
@@ -131,15 +134,16 @@ def test_a_reader_never_sees_a_half_written_group(tmp_path: Path) -> None:
         assert block.write_shares(Shares(5, 5)) > epochs[-1]
 
 
-def test_several_threads_count_together(tmp_path: Path) -> None:
+def test_state_and_heartbeat_may_come_from_two_threads(tmp_path: Path) -> None:
     with ControlBlock.create(tmp_path / "control") as block:
         threads = [
-            threading.Thread(target=lambda field=field: [block.update_counters(**{field: n}) for n in range(200)])
-            for field in ("used_ns", "debt_ns", "pid")
+            threading.Thread(target=lambda: [block.write_state(InstanceState.READY, n) for n in range(200)]),
+            threading.Thread(target=lambda: [block.beat_worker() for _ in range(200)]),
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         counters = block.read_counters()
-        assert (counters.used_ns, counters.debt_ns, counters.pid) == (199, 199, 199)
+        assert (counters.state, counters.pid) == (InstanceState.READY, 199)
+        assert counters.heartbeat_unix_ns > 0

@@ -1,33 +1,39 @@
 """The control block: one small memory-mapped file per instance, shared by the node agent and the worker.
 
 ```
-offset  0  header      magic, version
+offset  0  header      magic, version; the bell at offset 16
        64  shares      written by the agent: epoch, request, limit, window, SM share, draining
       320  agent       written by the agent: its heartbeat
-      576  counters    written by the worker: applied epoch, device time used, debt, ..., its heartbeat
+      576  life        written by the worker: its state, process and heartbeat
+      832  usage       written by the worker's executor: applied epoch, device time used, debt, ...
 ```
 
 Each group has one writer and is kept twice: a write goes to the older copy, with the next sequence number and a
 checksum over number and payload. A reader takes the newest copy whose checksum holds, so it never sees a half-written
 group, on no memory model, and a writer that is killed in the middle of a write leaves the value before it in force.
+
+The bell is a futex word that changes with every write of the shares, so an idle worker sleeps until there is something
+new. It only saves looking: two rings in one moment may count as one, so whoever waits for it looks now and then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import struct
 import threading
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from hasgpu_core.errors import InvalidError
 from hasgpu_core.resources import InstanceState
 
+from hasgpu_device import futex
 from hasgpu_device.errors import ControlBlockError
 
 MAGIC = b"HASGPUCB"
@@ -37,6 +43,7 @@ DEFAULT_WINDOW_NS = 40_000_000
 """The period over which a quota is enforced."""
 
 _HEADER = struct.Struct("<8sI")
+_BELL_OFFSET = 16
 _SEQUENCE = struct.Struct("<Q")
 _COPY_BYTES = 128
 _READ_ATTEMPTS = 1_000
@@ -172,17 +179,20 @@ class ControlBlock:
     """An instance's control block, mapped into this process.
 
     The agent calls `create`, `write_shares`, `beat_agent` and `read_counters`; the worker calls `open`, `read_shares`,
-    `read_agent_heartbeat`, `write_counters` and `update_counters`. Safe to use from several threads of the writer.
+    `read_agent_heartbeat`, `write_usage`, `write_state` and `beat_worker`. Safe to use from several threads of the
+    writer.
     """
 
     def __init__(self, path: Path, memory: mmap.mmap) -> None:
         self.path = path
         self._memory = memory
+        self._bell: ctypes.c_uint32 | None = ctypes.c_uint32.from_buffer(memory, _BELL_OFFSET)
         self._shares = _Group(memory, 64, "QIIIQIII")
         self._agent = _Group(memory, 320, "qq")
-        self._counters = _Group(memory, 576, "QQQQQQQQIIqq")
-        self._counters_lock = threading.Lock()
-        self._own_counters: Counters | None = None
+        self._life = _Group(memory, 576, "IIqq")
+        self._usage = _Group(memory, 832, "QQQQQQQQ")
+        self._life_lock = threading.Lock()
+        self._own_life = (_STATES.index(InstanceState.PENDING), 0, 0, 0)
         self._known_shares: tuple[tuple[Any, ...], Shares] | None = None
 
     @classmethod
@@ -238,7 +248,10 @@ class ControlBlock:
 
     def close(self) -> None:
         """Unmaps it; the file stays."""
-        self._memory.close()
+        self._bell = None
+        # Somebody may still wait for the bell, or a traceback hold it; the mapping then goes with it.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -282,7 +295,25 @@ class ControlBlock:
             shares.exclusive,
             shares.draining,
         )
+        self.ring()
         return epoch
+
+    def ring(self) -> None:
+        """Wakes whoever waits for the bell."""
+        bell = self._bell
+        if bell is not None:
+            bell.value = (bell.value + 1) & 0xFFFFFFFF
+            futex.wake(bell)
+
+    def bell(self) -> int:
+        """Returns what `wait_for_bell` is told; to be asked before looking at what the bell is rung for."""
+        return self._bell.value if self._bell is not None else 0
+
+    def wait_for_bell(self, seen: int, timeout_s: float) -> None:
+        """Sleeps until the bell is rung, unless it was since `bell` returned `seen`; may return early for no reason."""
+        bell = self._bell
+        if bell is not None:
+            futex.wait(bell, seen, round(timeout_s * 1e9))
 
     def beat_agent(self) -> None:
         """The agent's heartbeat, now. A worker that sees none for its orphan time ends itself."""
@@ -295,42 +326,46 @@ class ControlBlock:
 
     def read_counters(self) -> Counters:
         """Returns the newest counters; all zero and PENDING when no worker has written any."""
-        values = self._counters.read()
-        if values is None:
-            return Counters()
-        epoch, used, borrowed, debt, batches, segments, longest, wait, state, pid, unix_ns, monotonic_ns = values
+        state, pid, unix_ns, monotonic_ns = self._life.read() or (0, 0, 0, 0)
+        epoch, used, borrowed, debt, batches, segments, longest, wait = self._usage.read() or (0,) * 8
         return Counters(
             epoch, used, borrowed, debt, batches, segments, longest, wait, _STATES[state], pid, unix_ns, monotonic_ns
         )
 
-    def write_counters(self, counters: Counters) -> None:
-        """Writes all counters as given (the worker alone does)."""
-        self._own_counters = counters
-        self._counters.write(
-            counters.applied_epoch,
-            counters.used_ns,
-            counters.borrowed_ns,
-            counters.debt_ns,
-            counters.batches_count,
-            counters.segments_count,
-            counters.longest_segment_ns,
-            counters.gate_wait_ns,
-            _STATES.index(counters.state),
-            counters.pid,
-            counters.heartbeat_unix_ns,
-            counters.heartbeat_monotonic_ns,
+    def write_usage(
+        self,
+        applied_epoch: int,
+        used_ns: int = 0,
+        borrowed_ns: int = 0,
+        debt_ns: int = 0,
+        batches_count: int = 0,
+        segments_count: int = 0,
+        longest_segment_ns: int = 0,
+        gate_wait_ns: int = 0,
+    ) -> None:
+        """Writes what the instance has used, as in `Counters`; the worker's executor does, between two segments."""
+        self._usage.write(
+            applied_epoch,
+            used_ns,
+            borrowed_ns,
+            debt_ns,
+            batches_count,
+            segments_count,
+            longest_segment_ns,
+            gate_wait_ns,
         )
 
-    def update_counters(self, **changes: Any) -> Counters:
-        """Writes the counters with some fields changed (the worker alone does) and returns them."""
-        with self._counters_lock:
-            counters = replace(self._own_counters or self.read_counters(), **changes)
-            self.write_counters(counters)
-            return counters
+    def write_state(self, state: InstanceState, pid: int) -> None:
+        """Writes what the worker is doing (the worker alone does)."""
+        with self._life_lock:
+            self._own_life = (_STATES.index(state), pid, *self._own_life[2:])
+            self._life.write(*self._own_life)
 
     def beat_worker(self) -> None:
         """The worker's heartbeat, now."""
-        self.update_counters(heartbeat_unix_ns=time.time_ns(), heartbeat_monotonic_ns=time.monotonic_ns())
+        with self._life_lock:
+            self._own_life = (*self._own_life[:2], time.time_ns(), time.monotonic_ns())
+            self._life.write(*self._own_life)
 
 
 def remove(path: Path | str) -> None:

@@ -383,6 +383,7 @@ class GateMember:
         shares: Shares in force.
         refresh: Called before each decision and whenever a wait wakes; what it returns is put into force. A worker
             reads its control block here, so that a change takes effect with the next segment.
+        on_wait: Called before this instance sleeps, once another has the device: what need not be done before.
         on_change: Called when changed shares came into force while this instance waits.
         entitled_ns: For how long, on the row's clock, it had been entitled when it last got the device.
     """
@@ -392,6 +393,7 @@ class GateMember:
         self._file = _GateFile(Path(path))
         self.shares = shares
         self.refresh: Callable[[], Shares] | None = None
+        self.on_wait: Callable[[], None] | None = None
         self.on_change: Callable[[], None] | None = None
         self.entitled_ns = 0
         self.debt_ns = 0
@@ -490,9 +492,11 @@ class GateMember:
         self, found: _Outlook, began_ns: int, deadline_ns: int | None, cancelled: Callable[[], bool] | None
     ) -> Grant:
         """Sleeps until the device is handed over or may be taken."""
+        if found.waker is not None:
+            futex.wake(found.waker)
+        if self.on_wait is not None:
+            self.on_wait()
         while True:
-            if found.waker is not None:
-                futex.wake(found.waker)
             sleep_ns = found.sleep_ns
             if deadline_ns is not None:
                 sleep_ns = min(sleep_ns, deadline_ns - time.monotonic_ns())
@@ -510,6 +514,8 @@ class GateMember:
                 if not account.waiting and row.holder != self._slot:
                     quota.wake_up(account, row.clock, now_ns)  # its grant was void
                 found = self._look(row, account, now_ns)
+            if found.waker is not None:
+                futex.wake(found.waker)
             if self.shares is not before and self.on_change is not None:
                 self.on_change()
             if found.granted:

@@ -67,6 +67,7 @@ class SegmentRunner:
         segment_ns: Device time after which a segment ends at the next boundary.
 
     Attributes:
+        gate_wait_ns: Waited at the gate so far, by all segments.
         lingers: The last batch said that another would follow at once, and none has begun; `run` or `withdraw` is due.
     """
 
@@ -92,18 +93,25 @@ class SegmentRunner:
         self._held_since_ns = 0
         self._held_before_ns = 0
         self._applied: Shares | None = None
-        self._used_ns = self._borrowed_ns = self._segments_count = self._gate_wait_ns = self._longest_ns = 0
+        self._used_ns = self._borrowed_ns = self._segments_count = self._longest_ns = 0
+        self.gate_wait_ns = 0
         self._batches_count = 0
         self._published_ns = 0
         self._epoch = 0
         self.lingers = False
         member.refresh = control.read_shares
         member.on_change = self._acknowledge
+        member.on_wait = self._publish
 
     def poll(self) -> None:
         """Puts changed shares into force while no batch runs; called by the executor thread every few milliseconds."""
         self._member.poll()
         self._apply()
+
+    @property
+    def used_ns(self) -> int:
+        """Device time used so far, by all segments that have ended."""
+        return self._used_ns
 
     def held_ns(self) -> int:
         """Returns for how long the running batch has held the device, 0 when none runs; for any thread."""
@@ -173,7 +181,7 @@ class SegmentRunner:
             return
         device_ns = self._end(run)
         grant = self._member.renew(device_ns)
-        if not grant.kept or self._used_ns - self._published_ns >= PUBLISH_NS:
+        if self._used_ns - self._published_ns >= PUBLISH_NS:
             self._publish()
         self._begin(grant)
 
@@ -182,14 +190,14 @@ class SegmentRunner:
         assert run is not None
         self._grant = grant
         run.gate_wait_ns += grant.wait_ns
-        self._gate_wait_ns += grant.wait_ns
+        self.gate_wait_ns += grant.wait_ns
         self._apply()
         if self._ledger is not None and self._member.shares.exclusive:
             shares = self._member.shares
             self._in_ledger = True
             waited_ns = self._ledger.take(shares.first_pct, shares.sm_pct)
             run.gate_wait_ns += waited_ns
-            self._gate_wait_ns += waited_ns
+            self.gate_wait_ns += waited_ns
         self._segment_start_unix_ns = time.time_ns()
         self._held_since_ns = time.monotonic_ns()
         self.backend.start_segment()
@@ -235,13 +243,13 @@ class SegmentRunner:
 
     def _publish(self) -> None:
         self._published_ns = self._used_ns
-        self._control.update_counters(
-            applied_epoch=self._epoch,
-            used_ns=self._used_ns,
-            borrowed_ns=self._borrowed_ns,
-            debt_ns=self._member.debt_ns,
-            batches_count=self._batches_count,
-            segments_count=self._segments_count,
-            longest_segment_ns=self._longest_ns,
-            gate_wait_ns=self._gate_wait_ns,
+        self._control.write_usage(
+            self._epoch,
+            self._used_ns,
+            self._borrowed_ns,
+            self._member.debt_ns,
+            self._batches_count,
+            self._segments_count,
+            self._longest_ns,
+            self.gate_wait_ns,
         )

@@ -17,7 +17,7 @@ from hasgpu_core.resources import InstanceState
 
 from hasgpu_device.control import ControlBlock
 from hasgpu_device.engine import BatchJob, Engine, MeasureJob, Observer
-from hasgpu_device.status import EXIT_HUNG, EXIT_LOAD_FAILED, WorkerStatus
+from hasgpu_device.status import EXIT_DEVICE_FAULT, EXIT_HUNG, EXIT_LOAD_FAILED, WorkerStatus
 from hasgpu_device.worker_config import WorkerConfig
 
 MAX_WAITING_BATCHES = 64
@@ -27,6 +27,8 @@ HEARTBEAT_S = 0.25
 DRAIN_S = 10.0
 """How long a worker that was told to stop finishes what it has."""
 WARM_UP_TIMEOUT_MS = 60_000
+QUIESCE_S = 2.0
+"""How long the device may take to be done with its work before the process is ended all the same."""
 _FLUSH_S = 0.3
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -99,6 +101,7 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         """Looks after the worker until it has to end; returns the exit code."""
         beat_at_ns = stop_at_ns = 0
         while True:
+            self._changed.clear()
             now_ns = time.monotonic_ns()
             self.engine.is_draining = self._is_stopping or self._drain_asked or self._control.read_shares().draining
             self._write_status()
@@ -109,6 +112,8 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
                     logger.warning("no sign of the node agent for %g s: ending", self._config.orphan_timeout_s)
                     self._is_stopping = True
             if self.engine.state is InstanceState.FAILED:
+                if self.engine.fault is not None:
+                    return EXIT_DEVICE_FAULT
                 return EXIT_HUNG if self.engine.is_broken else EXIT_LOAD_FAILED
             if self.engine.held_ns() > self._execution_timeout_ns():
                 return await self._hang()
@@ -116,6 +121,8 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
                 stop_at_ns = stop_at_ns or now_ns + round(DRAIN_S * 1e9)
                 if not self.engine.in_flight_count or now_ns >= stop_at_ns:
                     self.engine.stop()
+                    if self.engine.in_flight_count:
+                        await self._quiesce()
                     return 0
             await self._tick()
 
@@ -127,9 +134,9 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         return timeout_ms * 1_000_000
 
     async def _tick(self) -> None:
-        self._changed.clear()
+        is_idle = self.engine.state is InstanceState.READY and not self.engine.in_flight_count
         try:
-            async with asyncio.timeout(TICK_S):
+            async with asyncio.timeout(HEARTBEAT_S if is_idle else TICK_S):
                 await self._changed.wait()
         except TimeoutError:
             return
@@ -137,10 +144,19 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
     async def _hang(self) -> int:
         reason = f"a batch held the device for longer than {self._config.execution_timeout_ms} ms"
         logger.error("%s: ending", reason)
+        if not await self._quiesce():
+            reason += "; its work is still on the device"
         self.engine.abandon(reason)
         self._write_status()
         await asyncio.sleep(_FLUSH_S)
         return EXIT_HUNG
+
+    async def _quiesce(self) -> bool:
+        """Waits until the device has no more work, so that the process may be ended."""
+        is_idle = await asyncio.to_thread(self.engine.quiesce, QUIESCE_S)
+        if not is_idle:
+            logger.warning("the device still has work after %g s", QUIESCE_S)
+        return is_idle
 
     def _is_orphan(self, now_ns: int) -> bool:
         if not self._config.orphan_timeout_s:
@@ -161,20 +177,25 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         if (state, reason, self._address) == self._written:
             return
         self._written = (state, reason, self._address)
-        self._control.update_counters(state=state, pid=self._pid)
+        self._control.write_state(state, self._pid)
         WorkerStatus(self._pid, self._address, state, reason, self._started_unix_ns).save(self._config.status_path)
 
     async def Execute(
         self, request_iterator: AsyncIterator[pb.ExecuteRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ExecuteResponse]:
         """Runs a stream's batches; answers each when it is done."""
-        answers: asyncio.Queue[pb.ExecuteResponse | None] = asyncio.Queue()
+        answers: asyncio.Queue[pb.ExecuteResponse | str | None] = asyncio.Queue()
         jobs: dict[int, BatchJob] = {}
 
         def deliver(key: int, response: pb.ExecuteResponse) -> None:
             del jobs[key]
             self._slots.release()
             answers.put_nowait(response)
+
+        def lose(key: int, reason: str) -> None:
+            del jobs[key]
+            self._slots.release()
+            answers.put_nowait(reason)
 
         async def read() -> None:
             try:
@@ -184,6 +205,7 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
                     key = id(job)
                     jobs[key] = job
                     job.answer = lambda response, key=key: self._soon(deliver, key, response)  # type: ignore[misc]
+                    job.lose = lambda reason, key=key: self._soon(lose, key, reason)  # type: ignore[misc]
                     self.engine.submit(job)
             finally:
                 answers.put_nowait(None)
@@ -192,7 +214,10 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         try:
             while not (reader.done() and not jobs and answers.empty()):
                 response = await answers.get()
-                if response is not None:
+                if isinstance(response, str):
+                    # Who reads this stream tries what was lost with it once more, elsewhere.
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, response)
+                elif response is not None:
                     yield response
         finally:
             for job in jobs.values():
