@@ -74,6 +74,45 @@ def hook_boundaries(modules: list[Any], boundary: Callable[[], None]) -> int:
     return len(hooked)
 
 
+def bridge(module: Any, device: str) -> None:
+    """Lets a module that lies on a device be called with CPU tensors: they are moved there, and its answer back.
+
+    Tensors that are on the device already stay there, and so does the answer when none had to be moved. TorchScript
+    modules take no hooks and are left alone.
+    """
+    import torch
+
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    tree = torch.utils._pytree
+    moved_inputs: list[bool] = []
+
+    def before(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        moved = False
+
+        def move(value: Any) -> Any:
+            nonlocal moved
+            # A number as a tensor goes along with tensors of any device, and is no input's content.
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.ndim:
+                moved = True
+                return value.to(device)
+            return value
+
+        args, kwargs = tree.tree_map(move, args), tree.tree_map(move, kwargs)
+        # A call that raised has left its mark: it does no harm below, but must not pile up.
+        del moved_inputs[:-MAX_DEPTH]
+        moved_inputs.append(moved)
+        return args, kwargs
+
+    def after(_: object, args: object, kwargs: object, answer: Any) -> Any:
+        if not moved_inputs.pop():
+            return answer
+        return tree.tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, answer)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after, with_kwargs=True)
+
+
 def interruptible(graph_module: Any, boundary: Callable[[], None]) -> Callable[..., Any]:
     """Returns a function that runs an fx graph node by node and calls `boundary` before each computation."""
     import torch

@@ -16,13 +16,13 @@ from typing import Protocol
 
 from hasgpu.events.v1 import events_pb2
 from hasgpu.node_agent.v1 import node_agent_pb2 as pb
-from hasgpu_core.errors import HasgpuError, ModelError, UnavailableError
+from hasgpu_core.errors import HasgpuError, ModelError, UnavailableError, UnsupportedError
 from hasgpu_core.resources import InstanceState
 
 from hasgpu_device import backends, batches, models, tensors
 from hasgpu_device.batches import JoinedBatch
 from hasgpu_device.control import ControlBlock
-from hasgpu_device.errors import GateTimeoutError, LoadError
+from hasgpu_device.errors import DeviceFaultError, GateTimeoutError, LoadError
 from hasgpu_device.gate import GateMember
 from hasgpu_device.ledger import SmLedger
 from hasgpu_device.segments import Run, SegmentRunner
@@ -30,7 +30,9 @@ from hasgpu_device.tensors import Array
 from hasgpu_device.worker_config import WorkerConfig
 
 POLL_S = 0.02
-"""How often an idle worker looks whether its shares have changed."""
+"""How often a worker that loads its model looks whether its shares have changed."""
+IDLE_S = 0.25
+"""An idle worker is woken by the control block's bell, and looks so often all the same."""
 OBSERVATIONS = 64
 WARM_UP_BUDGET_NS = 2_000_000_000
 """A largest batch that would take longer on the device is left out of the warm-up."""
@@ -90,6 +92,8 @@ class BatchJob(Job):
 
     request: pb.ExecuteRequest = field(default_factory=pb.ExecuteRequest)
     answer: Callable[[pb.ExecuteResponse], None] = lambda _: None
+    lose: Callable[[str], None] = lambda _: None
+    """Called in place of `answer` when the batch is lost with its device; told why."""
 
 
 @dataclass(slots=True)
@@ -106,7 +110,7 @@ class Engine:
     Args:
         config: The worker's configuration.
         control: Its control block.
-        on_change: Called, in any thread, when `state` has changed or the last batch is done.
+        on_change: Called, in any thread, when `state` has changed or, while draining, the last batch is done.
         observer: Told of every batch, if given.
     """
 
@@ -134,6 +138,8 @@ class Engine:
         self.reason = ""
         self.is_broken = False
         """The executor thread ended by an error of its own."""
+        self.fault: DeviceFaultError | None = None
+        """The device failed; the state is FAILED."""
         self.is_draining = False
         self.batches_count = 0
         self.thread = threading.Thread(target=self._main, name="executor", daemon=True)
@@ -150,6 +156,7 @@ class Engine:
     def stop(self) -> None:
         """Ends the thread after the jobs before."""
         self._queue.put(None)
+        self._control.ring()
 
     def submit(self, job: Job) -> None:
         """Puts a job into the line, or refuses it at once while draining."""
@@ -159,6 +166,7 @@ class Engine:
         with self._lock:
             self._open[id(job)] = job
         self._queue.put(job)
+        self._control.ring()
 
     def take_observations(self) -> list[events_pb2.BatchObservation]:
         """Returns the newest observations and forgets them."""
@@ -187,6 +195,33 @@ class Engine:
             elif isinstance(job, MeasureJob):
                 self._finish_measure(job, ModelError(reason))
 
+    def quiesce(self, timeout_s: float) -> bool:
+        """Waits until the device has no more work of this process, which then may be ended; for any thread.
+
+        Returns:
+            Whether it has none; True at once for a device that does not mind.
+        """
+        backend = self._runner.backend if self._runner is not None else None
+        return backend.quiesce(timeout_s) if isinstance(backend, backends.Quiesces) else True
+
+    def _fail(self, reason: str) -> None:
+        """The device is gone: what waits goes elsewhere, and the batch that ran is lost.
+
+        It is not sent elsewhere like the others, because it may have been the cause: who lost a batch with its stream
+        tries it again once, not without end.
+        """
+        current = self._current
+        self._change(InstanceState.FAILED, reason)
+        with self._lock:
+            jobs = list(self._open.values())
+        for job in jobs:
+            if job is not current:
+                self._refuse(job)
+        if isinstance(current, MeasureJob):
+            self._finish_measure(current, UnavailableError(reason))
+        elif isinstance(current, BatchJob) and self._close(current):
+            current.lose(reason)
+
     def _refuse(self, job: Job) -> None:
         text = f"instance {self._config.instance} is {'draining' if self.is_draining else self.state.value}"
         if isinstance(job, BatchJob):
@@ -201,7 +236,7 @@ class Engine:
             self._open.pop(id(job), None)
             was_done, job.is_done = job.is_done, True
             is_last = not self._open
-        if is_last:
+        if is_last and self.is_draining:
             self._on_change()
         return not was_done
 
@@ -223,12 +258,22 @@ class Engine:
             with GateMember(self._config.gate_path, self._control.read_shares()) as member:
                 try:
                     runner, model = self._set_up(member)
-                except LoadError as error:
+                except (LoadError, UnsupportedError) as error:
                     self._change(InstanceState.FAILED, str(error))
                     return
+                self._model = model
                 note = self._warm_up(runner, model)
-                self._change(InstanceState.READY, note)
+                self._change(InstanceState.READY, "; ".join(said for said in (model.note, note) if said))
                 self._loop(runner, model)
+        except DeviceFaultError as error:
+            logger.error("the device failed: %s", error)
+            self.fault = error
+            self._fail(str(error))
+        except UnsupportedError as error:
+            # Shares that this device can't give a running worker; it is started again, with them.
+            logger.error("%s", error)
+            self.is_broken = True
+            self._fail(str(error))
         except BaseException as error:
             logger.exception("the executor broke")
             self.is_broken = True
@@ -240,6 +285,7 @@ class Engine:
         ledger = SmLedger(self._config.ledger_path) if self._config.ledger_path else None
         runner = SegmentRunner(backend, member, self._control, ledger=ledger)
         self._runner = runner
+        runner.poll()
 
         # In a thread of its own: where a thread's priority can only be lowered, the executor must not share in it.
         with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=backend.setup_loader) as pool:
@@ -255,8 +301,13 @@ class Engine:
     def _warm_up(self, runner: SegmentRunner, model: models.Model) -> str:
         """Runs random batches of 1 and of the largest size; returns what went wrong, in words.
 
-        A model may rightly refuse random input (an image decoder does), so this is no reason not to serve.
+        A model may rightly refuse random input (an image decoder does), so this is no reason not to serve. An emulated
+        model has nothing to be warmed up.
         """
+        if model.emulated:
+            return ""
+        if isinstance(runner.backend, backends.WarmsUp):
+            return runner.backend.warm_up(model, lambda work: runner.run(work, background=True)[0], runner.poll)
         rng = random.Random(1)  # noqa: S311  made-up input, not a secret
         device_ns = 0
         for rows in sorted({1, self._config.max_batch}):
@@ -271,10 +322,14 @@ class Engine:
 
     def _loop(self, runner: SegmentRunner, model: models.Model) -> None:
         while True:
+            seen = self._control.bell()
             try:
-                job = self._queue.get(timeout=POLL_S)
+                job = self._queue.get_nowait()
             except queue.Empty:
                 runner.poll()
+                if self._control.read_shares().draining != self.is_draining:
+                    self._on_change()
+                self._control.wait_for_bell(seen, IDLE_S)
                 continue
             if job is None:
                 return
@@ -333,6 +388,7 @@ class Engine:
         request = job.request
         line_ns = max(0, started_unix_ns - job.arrived_unix_ns)
         response = pb.ExecuteResponse(results=results, started_unix_ns=started_unix_ns, line_ns=line_ns)
+        response.emulated = self._model is not None and self._model.emulated
         rows = batch.rows if batch is not None else 0
         self.batches_count += 1
         if run is not None:

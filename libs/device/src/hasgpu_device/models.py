@@ -5,7 +5,9 @@ set globals, or return an object. An object with an `infer` method serves in the
 is not None is handed to the module's `infer` as second argument if that takes two. `batch` is a dict of numpy arrays,
 BYTES as object arrays of `bytes`, rows along the first dimension; `infer` returns a dict of arrays, tensors or lists,
 one for each output declared. It runs under `torch.inference_mode`. Files beside the entry can be imported. Such code is
-trusted: it runs in the worker.
+trusted: it runs in the worker. `load` gets the device ("cpu", "cuda:0") as keyword `device` when its signature names
+it. On a GPU the modules found in the handler are moved there, and a module that is given CPU tensors answers with CPU
+tensors: a handler written for the CPU works unchanged, and one that moves its inputs itself pays no second copy.
 
 **TorchScript** (`torch.jit.load`) and **torch.export** (`torch.export.load`): inputs go in as tensors by position, in
 the order declared. A dict that comes out is taken by name, a tuple, list or single tensor by position. A program
@@ -23,18 +25,43 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from hasgpu_core.errors import InvalidError, ModelError
 from hasgpu_core.function import ModelFormat, TensorSpec
 
 from hasgpu_device import cutting, tensors
-from hasgpu_device.errors import LoadError
+from hasgpu_device.errors import DeviceFaultError, LoadError
 from hasgpu_device.tensors import Array
 from hasgpu_device.worker_config import WorkerConfig
 
 HANDLER_MODULE = "hasgpu_handler"
+
+
+class Target(Protocol):
+    """Where a model is loaded to, when that is not the CPU."""
+
+    @property
+    def device(self) -> str:
+        """As torch names it."""
+        ...
+
+    def place(self, module: Any) -> None:
+        """Moves a `torch.nn.Module` there, in place."""
+        ...
+
+    def run_export(self, graph_module: Any) -> Callable[..., Any]:
+        """Returns a function that runs an exported program there, from CPU tensors."""
+        ...
+
+    def run_script(self, module: Any) -> Callable[..., Any]:
+        """Returns a function that runs a TorchScript module that is there, from CPU tensors."""
+        ...
+
+    def replace_chain(self, module: Any) -> bool:
+        """Takes over how a chain of layers runs; False when it can't, and the module's layers are hooked."""
+        ...
 
 
 class Model:
@@ -44,14 +71,24 @@ class Model:
         call: Named arrays in, named outputs out, unchecked.
         outputs: What the function declares.
         boundaries_count: Layers before which a batch may be interrupted; -1: before every computation.
+        note: What is to be known about it, for the worker's status.
+        emulated: Its outputs are made up.
     """
 
     def __init__(
-        self, call: Callable[[dict[str, Array]], object], outputs: Sequence[TensorSpec], *, boundaries_count: int
+        self,
+        call: Callable[[dict[str, Array]], object],
+        outputs: Sequence[TensorSpec],
+        *,
+        boundaries_count: int,
+        note: str = "",
+        emulated: bool = False,
     ) -> None:
         self._call = call
         self._outputs = tuple(outputs)
         self.boundaries_count = boundaries_count
+        self.note = note
+        self.emulated = emulated
 
     def infer(self, batch: dict[str, Array], rows: int) -> dict[str, Array]:
         """Runs a batch.
@@ -65,10 +102,11 @@ class Model:
 
         Raises:
             ModelError: The model raised, or its answer is not what the function declares.
+            DeviceFaultError: The device failed.
         """
         try:
             answer = self._call(batch)
-        except ModelError:
+        except (ModelError, DeviceFaultError):
             raise
         except (Exception, SystemExit) as error:
             # User code may raise anything; it fails its batch, not the worker.
@@ -87,15 +125,17 @@ class Model:
         return outputs
 
 
-def load(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
+def load(config: WorkerConfig, boundary: Callable[[], None], target: Target | None = None) -> Model:
     """Loads a worker's model.
 
     Args:
         config: Which.
         boundary: Called between the model's layers.
+        target: Where to; None: it stays on the CPU.
 
     Raises:
         LoadError: It can't be loaded; the message says why, fit for the user who deployed it.
+        DeviceFaultError: The device failed.
     """
     if not config.entry_path.is_file():
         raise LoadError(f"the artifact has no file {config.entry!r}")
@@ -105,8 +145,8 @@ def load(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
         ModelFormat.TORCH_EXPORT: _load_export,
     }[config.format]
     try:
-        return loader(config, boundary)
-    except LoadError:
+        return loader(config, boundary, target)
+    except (LoadError, DeviceFaultError):
         raise
     except (Exception, SystemExit) as error:
         # User code and torch's loaders may raise anything.
@@ -128,7 +168,7 @@ def describe(error: BaseException) -> str:
 _OWN_FOLDER = str(Path(__file__).parent)
 
 
-def _load_python(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
+def _load_python(config: WorkerConfig, boundary: Callable[[], None], target: Target | None) -> Model:
     folder = str(config.entry_path.parent.resolve())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -139,13 +179,24 @@ def _load_python(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
     sys.modules[HANDLER_MODULE] = module
     spec.loader.exec_module(module)
     load_function = getattr(module, "load", None)
-    state = load_function(**config.parameters) if callable(load_function) else None
+    state = None
+    if callable(load_function):
+        parameters: dict[str, str] = dict(config.handler_parameters)
+        if _names_device(load_function):
+            # A parameter of the function's own by that name stays the user's.
+            parameters.setdefault("device", target.device if target is not None else "cpu")
+        state = load_function(**parameters)
     handler = state if callable(getattr(state, "infer", None)) else module
     infer = getattr(handler, "infer", None)
     if not callable(infer):
         raise LoadError(f"{config.entry!r} has no function infer(batch), and load() returned no object with one")
     takes_state = handler is module and state is not None and _positional_count(infer) >= 2
     modules = cutting.find_modules([vars(module), state])
+    if target is not None:
+        for found in modules:
+            target.place(found)
+            cutting.bridge(found, target.device)
+        modules = [found for found in modules if not target.replace_chain(found)]
     hooked = cutting.hook_boundaries(modules, boundary)
     import torch
 
@@ -156,28 +207,39 @@ def _load_python(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
     return Model(call, config.outputs, boundaries_count=hooked)
 
 
+def _names_device(function: Callable[..., object]) -> bool:
+    parameter = inspect.signature(function).parameters.get("device")
+    return parameter is not None and parameter.kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+
+
 def _positional_count(function: Callable[..., object]) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in kinds for parameter in inspect.signature(function).parameters.values())
 
 
-def _load_torchscript(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
+def _load_torchscript(config: WorkerConfig, boundary: Callable[[], None], target: Target | None) -> Model:
     del boundary  # its interpreter runs as one piece
     import torch
 
     with warnings.catch_warnings():
         # The format is offered because models in it exist; that torch has deprecated it is not the server's news.
         warnings.simplefilter("ignore", DeprecationWarning)
-        module = torch.jit.load(str(config.entry_path), map_location="cpu")
+        # Straight to its place: a traced program may name its device in constants, which only the loader maps.
+        module = torch.jit.load(str(config.entry_path), map_location=target.device if target is not None else "cpu")
     module.eval()
-    return Model(_positional(module, config), config.outputs, boundaries_count=0)
+    run = target.run_script(module) if target is not None else module
+    return Model(_positional(run, config), config.outputs, boundaries_count=0)
 
 
-def _load_export(config: WorkerConfig, boundary: Callable[[], None]) -> Model:
+def _load_export(config: WorkerConfig, boundary: Callable[[], None], target: Target | None) -> Model:
     import torch
 
     program = torch.export.load(str(config.entry_path))
-    run = cutting.interruptible(program.module(), boundary)
+    graph_module = program.module()
+    run = target.run_export(graph_module) if target is not None else cutting.interruptible(graph_module, boundary)
     return Model(_positional(run, config), config.outputs, boundaries_count=-1)
 
 

@@ -96,12 +96,14 @@ class SegmentRunner:
         self._used_ns = self._borrowed_ns = self._segments_count = self._longest_ns = 0
         self.gate_wait_ns = 0
         self._batches_count = 0
+        self._ended_ns = 0
+        self._due: tuple[Run, int] | None = None
         self._published_ns = 0
         self._epoch = 0
         self.lingers = False
         member.refresh = control.read_shares
         member.on_change = self._acknowledge
-        member.on_wait = self._publish
+        member.on_wait = self._on_wait
 
     def poll(self) -> None:
         """Puts changed shares into force while no batch runs; called by the executor thread every few milliseconds."""
@@ -151,10 +153,11 @@ class SegmentRunner:
         try:
             result = work()
         finally:
-            device_ns = self._end(run)
+            self._end(run)
             self._run = None
             self.lingers = linger is not None and linger()
-            self._member.release(device_ns, linger=self.lingers)
+            self._member.release(self._ended_ns, linger=self.lingers)
+            self._note_ended()
             self._held_before_ns = 0
             run.end_unix_ns = time.time_ns()
             # The host's clock may have been set back meanwhile.
@@ -179,8 +182,9 @@ class SegmentRunner:
             return
         if self.backend.running_ns() < self._segment_ns:
             return
-        device_ns = self._end(run)
-        grant = self._member.renew(device_ns)
+        self._end(run)
+        grant = self._member.renew(self._ended_ns)
+        self._note_ended()
         if self._used_ns - self._published_ns >= PUBLISH_NS:
             self._publish()
         self._begin(grant)
@@ -202,28 +206,38 @@ class SegmentRunner:
         self._held_since_ns = time.monotonic_ns()
         self.backend.start_segment()
 
-    def _end(self, run: Run) -> int:
-        device_ns = self.backend.stop_segment()
+    def _end(self, run: Run) -> None:
+        """Ends the segment on the device. The others wait for it: what can be noted later is (`_note_ended`)."""
+        self._ended_ns = self.backend.stop_segment()
         if self._in_ledger:
             assert self._ledger is not None
             self._ledger.give()
             self._in_ledger = False
         self._held_before_ns += time.monotonic_ns() - self._held_since_ns
         self._held_since_ns = 0
+        self._due = (run, time.time_ns())
+
+    def _note_ended(self) -> None:
+        """Books the segment that ended last, once."""
+        if self._due is None:
+            return
+        run, end_unix_ns = self._due
+        self._due = None
+        device_ns, grant = self._ended_ns, self._grant
         run.device_ns += device_ns
         run.segments_count += 1
         run.longest_segment_ns = max(run.longest_segment_ns, device_ns)
         if len(run.segments) < MAX_RECORDED_SEGMENTS:
-            run.segments.append(
-                SegmentRecord(
-                    self._segment_start_unix_ns, time.time_ns(), self._grant.wait_ns, device_ns, self._grant.borrowed
-                )
-            )
+            start_unix_ns = self._segment_start_unix_ns
+            run.segments.append(SegmentRecord(start_unix_ns, end_unix_ns, grant.wait_ns, device_ns, grant.borrowed))
         self._used_ns += device_ns
-        self._borrowed_ns += device_ns if self._grant.borrowed else 0
+        self._borrowed_ns += device_ns if grant.borrowed else 0
         self._segments_count += 1
         self._longest_ns = max(self._longest_ns, device_ns)
-        return device_ns
+
+    def _on_wait(self) -> None:
+        self._note_ended()
+        self._publish()
 
     def _apply(self) -> None:
         """Gives the next segment the SM share in force and acknowledges the epoch."""

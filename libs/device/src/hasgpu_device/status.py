@@ -14,6 +14,8 @@ EXIT_LOAD_FAILED = 65
 """The model can't be loaded; the status says why."""
 EXIT_HUNG = 70
 """A batch held the device for too long, or the worker broke; it is to be started again."""
+EXIT_DEVICE_FAULT = 71
+"""The device failed under the worker (`DeviceFaultError`); the status begins with the fault's name."""
 
 
 @dataclass(frozen=True, slots=True)

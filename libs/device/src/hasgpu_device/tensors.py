@@ -181,7 +181,8 @@ _SENTENCES = (
     b"requests wait in a queue until the batch is full",
     b"small models answer quickly",
 )
-_VARIABLE_DIMENSION = 16
+VARIABLE_DIMENSION = 16
+"""What a variable dimension is in made-up tensors."""
 _LARGEST_INTEGER = 9
 
 
@@ -190,7 +191,7 @@ def random_inputs(specs: Sequence[TensorSpec], rows: int, rng: random.Random) ->
     generator = np.random.default_rng(rng.getrandbits(64))
     batch: dict[str, Array] = {}
     for spec in specs:
-        shape = (rows, *(_VARIABLE_DIMENSION if dim == -1 else dim for dim in spec.shape[1:]))
+        shape = (rows, *(VARIABLE_DIMENSION if dim == -1 else dim for dim in spec.shape[1:]))
         if spec.datatype == "BYTES":
             array = np.empty(shape, dtype=object)
             array.reshape(-1)[:] = [rng.choice(_SENTENCES) for _ in range(array.size)]

@@ -20,7 +20,7 @@ from hasgpu_device.control import ControlBlock
 from hasgpu_device.engine import BatchRecord, Observer
 from hasgpu_device.errors import ConfigError, ControlBlockError, GateError
 from hasgpu_device.gate import RowGate
-from hasgpu_device.status import EXIT_LOAD_FAILED, WorkerStatus
+from hasgpu_device.status import EXIT_DEVICE_FAULT, EXIT_LOAD_FAILED, WorkerStatus
 from hasgpu_device.worker_config import WorkerConfig
 from hasgpu_device.worker_server import WorkerServer
 
@@ -38,7 +38,8 @@ def run_worker(config: WorkerConfig, observer: Observer | None = None) -> int:
 
     Returns:
         The exit code: 0 after SIGTERM, SIGINT or when orphaned, 65 when the model could not be loaded, 70 when a batch
-        hung. When the executor thread can't be ended (it hangs in the model) the process exits here and now.
+        hung, 71 when the device failed. When the executor thread can't be ended (it hangs in the model), or the
+        device failed (what clears up its libraries may hang then), the process exits here and now.
     """
     try:
         control = ControlBlock.open(config.control_path)
@@ -61,7 +62,7 @@ def run_worker(config: WorkerConfig, observer: Observer | None = None) -> int:
     code, executor_lives = asyncio.run(body())
     if observer is not None:
         observer.close()
-    if executor_lives:
+    if executor_lives or code == EXIT_DEVICE_FAULT:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,6 +14,9 @@ from hasgpu_core.function import ModelFormat, TensorSpec
 
 from hasgpu_device.errors import ConfigError
 
+SYSTEM_PREFIX = "hasgpu."
+"""Parameters whose names begin so are for the system, not for the handler."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -53,7 +56,7 @@ class WorkerConfig:
     profile_path: str = ""
     """An emulated device's latencies (`hasgpu_core.profile`)."""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """Handed to a Python handler's load() as keyword arguments."""
+    """Handed to a Python handler's load() as keyword arguments, but for those that begin with `hasgpu.`."""
     execution_timeout_ms: int = 30_000
     """Longest a batch may hold the device before the worker takes itself for hung."""
     memory_bytes: int = 0
@@ -68,6 +71,11 @@ class WorkerConfig:
     def entry_path(self) -> Path:
         """The file that is loaded."""
         return Path(self.artifact_dir) / self.entry
+
+    @property
+    def handler_parameters(self) -> Mapping[str, str]:
+        """The parameters that are the handler's own; those that begin with `hasgpu.` are for the system."""
+        return {name: value for name, value in self.parameters.items() if not name.startswith(SYSTEM_PREFIX)}
 
     def validate(self) -> None:
         """Raises InvalidError, naming the field, the bound and what came."""

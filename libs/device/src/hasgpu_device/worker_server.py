@@ -134,9 +134,10 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         return timeout_ms * 1_000_000
 
     async def _tick(self) -> None:
-        is_idle = self.engine.state is InstanceState.READY and not self.engine.in_flight_count
+        # A worker that is ready wakes this itself when something changes.
+        quiet = self.engine.state is InstanceState.READY and not self._is_stopping
         try:
-            async with asyncio.timeout(HEARTBEAT_S if is_idle else TICK_S):
+            async with asyncio.timeout(HEARTBEAT_S if quiet else TICK_S):
                 await self._changed.wait()
         except TimeoutError:
             return

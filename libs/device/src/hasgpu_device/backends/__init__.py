@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hasgpu_core.errors import UnsupportedError
 
@@ -67,6 +67,33 @@ class DeviceBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A backend with a warm-up of its own, in place of the executor's two random batches."""
+
+    def warm_up(self, model: Model, run: Callable[[Callable[[], object]], object], poll: Callable[[], None]) -> str:
+        """Gets everything ready that a request should not wait for; in the executor thread.
+
+        Args:
+            model: As `load` gave it.
+            run: Runs work within the gate, as a background batch, and returns its result.
+            poll: Puts changed shares into force; to be called every few milliseconds or whenever it can be.
+
+        Returns:
+            What went otherwise than wished, in words; empty when nothing did.
+        """
+        ...
+
+
+@runtime_checkable
+class Quiesces(Protocol):
+    """A backend whose device should have no work left when the process ends."""
+
+    def quiesce(self, timeout_s: float) -> bool:
+        """Gives the device no more work and waits until it has none; returns whether it is idle. For any thread."""
+        ...
+
+
 def create(config: WorkerConfig) -> DeviceBackend:
     """Makes the backend that a worker's configuration names.
 
@@ -77,4 +104,12 @@ def create(config: WorkerConfig) -> DeviceBackend:
         from hasgpu_device.backends.cpu import CpuBackend
 
         return CpuBackend(config.device_cores)
+    if config.backend == "emulated":
+        from hasgpu_device.backends.emulated import EmulatedBackend
+
+        return EmulatedBackend(config.profile_path)
+    if config.backend == "cuda":
+        from hasgpu_device.backends.cuda.backend import CudaBackend
+
+        return CudaBackend(config)
     raise UnsupportedError(f"device backend {config.backend!r} is not offered here; there is: {', '.join(NAMES)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hasgpu_core.resources import DeviceInfo
 
-from hasgpu_device import futex, models
+from hasgpu_device import futex, models, native
 from hasgpu_device.worker_config import WorkerConfig
 
 NICE = 5
@@ -137,6 +137,7 @@ def probe(node: str, gpu: str = "cpu0", *, cores: float | None = None) -> Device
     if _thread_time_moves():
         capabilities.append("time: token gate on thread CPU time")
         capabilities.append("live quota change: yes, at the next segment")
+    capabilities.append(f"gate: {'python' if native.load() is None else 'native'}")
     capabilities.append("gate wait: futex" if futex.AVAILABLE else "gate wait: poll")
     capabilities.append("memory: not enforced")
     return DeviceInfo(node, gpu, f"cpu-{cores:g}c", "cpu", memory_bytes(), RUNGS_PCT, tuple(capabilities))
