@@ -14,20 +14,21 @@ SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
 TESTS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench clean
+.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench gpu-lab clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv with everything; the command is .venv/bin/hasgpu
 
-$(READY): requirements.txt constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+$(READY): requirements.txt constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES)) libs/device/src/hasgpu_device/native/gate.c
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hasgpu needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "setup: installing the packages of requirements.txt (about 2 GB, most of it torch; a few minutes) ..."
 	@$(BIN)/pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	@echo "setup: linking the workspace ..."
 	@$(BIN)/pip install --quiet --no-build-isolation --no-deps $(foreach p,$(PACKAGES),--editable ./$(p))
+	@$(BIN)/python -m hasgpu_device.native || echo "setup: going on without it"
 	@touch $@
 	@echo "setup: done, the command is $(BIN)/hasgpu"
 
@@ -72,6 +73,12 @@ bench: $(READY) ## measure; JSON under bench/results/
 	$(BIN)/python bench/gateway.py
 	$(BIN)/python bench/rapp.py
 	$(BIN)/python bench/queue_order.py
+
+# on a bare GPU machine any Python with torch, numpy and grpcio does; without a GPU it says so (status 3) and is content
+LAB_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-lab: ## on a GPU, in 9 minutes: probe, conformance, benchmarks, a profile; LAB_PYTHON= needs torch and grpcio alone
+	@$(LAB_PYTHON) tools/gpu_lab.py || test $$? -eq 3
 
 clean: ## remove .venv, caches and out/
 	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache catboost_info

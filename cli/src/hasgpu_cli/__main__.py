@@ -20,8 +20,10 @@ COMMANDS = {
     "infer": ("infer", "Send one request to a function."),
     "scale": ("scaling", "Set shares or the number of instances by hand, for a while."),
     "explain": ("scaling", "Show the last scaling decisions and their reasons."),
+    "profile": ("profile", "Measure a function over batch, SM share and quota; write a profile file."),
     "top": ("top", "Watch functions, shares and load."),
     "replay": ("replay", "Send requests at given rates or from a trace, open loop."),
+    "rapp": ("rapp", "The latency predictor: how right it is."),
     "demo": ("demo", "Run the whole system once with real models and write a report."),
 }
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hasgpu_core.errors import InvalidError, UnavailableError
+from hasgpu_core.errors import InvalidError, ProfileFileError, UnavailableError
+from hasgpu_core.profile import Profile
 
 from hasgpu_cli.home import Home, write_json
 from hasgpu_cli.ports import free_port, is_free
@@ -26,6 +27,8 @@ MODULES: Mapping[str, str] = {
 BROKER_RANK = 0
 SERVICE_RANK = 1
 LARGEST_NODES_COUNT = 64
+LARGEST_GPUS_COUNT = 64
+DEVICES = ("cpu", "cuda", "emulated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,50 @@ class Stack:
         """All processes, brokers first."""
         brokers = [name for name, url in (("nats", self.nats_url), ("redis", self.redis_url)) if not url]
         return (*brokers, *MODULES, *(node_unit(index) for index in range(self.nodes_count)))
+
+
+def devices_setting(devices: str, *, device: str, gpus: int | None, profile: Path | None) -> str:
+    """Returns each node's HASGPU_DEVICES as the options of `up` describe it.
+
+    Args:
+        devices: As given by --devices; empty: not given.
+        device: One of DEVICES, as given by --device; empty: not given.
+        gpus: How many; None: not given. One emulated GPU, every CUDA GPU.
+        profile: What emulated GPUs are emulated from; None: not given, they take the shipped profile.
+
+    Raises:
+        InvalidError: The options do not fit each other, are out of bounds, or the profile is missing or is none.
+    """
+    if devices and device:
+        raise InvalidError("--devices", expected="not to be given beside --device", got=repr(devices))
+    kind = device or "cpu"
+    if profile is not None and kind != "emulated":
+        raise InvalidError("--profile", expected="--device emulated with it", got=f"--device {kind}")
+    if gpus is None:
+        gpus = 1 if kind == "emulated" else 0
+    elif kind == "cpu":
+        raise InvalidError("--gpus", expected="--device emulated or cuda with it", got="--device cpu")
+    elif not 1 <= gpus <= LARGEST_GPUS_COUNT:
+        raise InvalidError("--gpus", expected=f"1..{LARGEST_GPUS_COUNT}", got=str(gpus))
+    if kind == "cuda":
+        return ";".join(f"cuda:gpu={index}" for index in range(gpus)) or "cuda"
+    if kind == "emulated":
+        return f"emulated:gpus={gpus}" + (f",profile={_checked_profile(profile)}" if profile is not None else "")
+    return devices or "cpu"
+
+
+def _checked_profile(path: Path) -> Path:
+    """The file's absolute path; raises InvalidError when it can't be used."""
+    path = path.expanduser().resolve()
+    if {",", ";"} & set(str(path)):
+        raise InvalidError("--profile", expected="a path without commas and semicolons", got=repr(str(path)))
+    try:
+        Profile.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidError("--profile", expected="a profile file", got=f"{path}: {error}") from error
+    except ProfileFileError as error:
+        raise InvalidError(f"--profile {path}: {error}") from error
+    return path
 
 
 def node_unit(index: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hasgpu_core.errors import HasgpuError
 
 from hasgpu_cli.client import Target
+from hasgpu_cli.devices import sharing, trouble
 from hasgpu_cli.home import RunRecord, UnitRecord, read_run_record
 from hasgpu_cli.proto_json import to_plain
 
@@ -190,6 +191,10 @@ def _add_device(branch: Tree, status: dict[str, Any]) -> None:
         f"{device.get('gpu')}: {device.get('model')} ({device.get('backend')}), "
         f"{device.get('memory_bytes', 0) / 2**30:.1f} GiB, SM in no row: {free_pct} % [dim](rungs {rungs})[/]"
     )
+    if how := sharing(device):
+        leaf.add(escape(how))
+    if wrong := trouble(device):
+        leaf.add(wrong)
     for capability in device.get("capabilities", []):
         leaf.add(f"[dim]can: {escape(capability)}[/]")
     for row in rows:

@@ -17,7 +17,7 @@ from hasgpu_core.errors import HasgpuError, UnavailableError
 from hasgpu_cli.client import Target
 from hasgpu_cli.home import Home, RunRecord, read_run_record
 from hasgpu_cli.processes import find_leftovers, stop_processes
-from hasgpu_cli.stack import Stack, assign_ports, log_path, read_stack, write_stack
+from hasgpu_cli.stack import Stack, assign_ports, devices_setting, log_path, read_stack, write_stack
 from hasgpu_cli.status import fetch_cluster, probe
 
 READY_WITHIN_S = 90.0
@@ -181,12 +181,23 @@ def _end_leftovers(home: Home, *, workers: bool = False) -> int:
     return ended
 
 
-def stack_from_options(*, nodes: int, devices: str, nats_url: str, redis_url: str, port: int, log_level: str) -> Stack:
-    """The stack that the options of `up` describe; ports are assigned later."""
+def stack_from_options(
+    *,
+    nodes: int,
+    devices: str,
+    device: str,
+    gpus: int | None,
+    profile: Path | None,
+    nats_url: str,
+    redis_url: str,
+    port: int,
+    log_level: str,
+) -> Stack:
+    """The stack that the options of `up` describe; ports are assigned later. Raises InvalidError."""
     return replace(
         Stack(),
         nodes_count=nodes,
-        devices=devices,
+        devices=devices_setting(devices, device=device, gpus=gpus, profile=profile),
         nats_url=nats_url,
         redis_url=redis_url,
         gateway_port=port,

@@ -147,3 +147,25 @@ def test_state_and_heartbeat_may_come_from_two_threads(tmp_path: Path) -> None:
         counters = block.read_counters()
         assert (counters.state, counters.pid) == (InstanceState.READY, 199)
         assert counters.heartbeat_unix_ns > 0
+
+
+def test_the_bell_wakes_whoever_waits_and_is_not_lost_on_who_is_about_to(tmp_path: Path) -> None:
+    with ControlBlock.create(tmp_path / "control") as agent, ControlBlock.open(tmp_path / "control") as worker:
+        seen = worker.bell()
+        agent.write_shares(Shares(100, 100))
+        worker.wait_for_bell(seen, 60)  # rung before: it does not sleep
+        assert worker.bell() != seen
+        seen = worker.bell()
+        woken = threading.Event()
+
+        def wait() -> None:
+            while worker.bell() == seen:
+                worker.wait_for_bell(seen, 60)
+            woken.set()
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        agent.ring()
+        assert woken.wait(30)
+        waiter.join()
+        worker.wait_for_bell(worker.bell(), 0.001)  # nobody rings: it comes back all the same

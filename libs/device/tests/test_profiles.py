@@ -1,4 +1,4 @@
-"""The shipped profile: what it says, that it is what the tool computes, and that the gate makes the latencies it tells."""
+"""The shipped profile: what it says, that the tool computes it, and that the gate makes the latencies it tells."""
 
 from __future__ import annotations
 

@@ -155,6 +155,7 @@ def test_a_worker_serves_and_drains(start: Callable[..., Worker], make_config: M
     assert described.state == common_pb2.INSTANCE_STATE_READY
     assert described.batches_count == 6
     assert [observation.batch for observation in described.observations] == [3, 2]
+    assert all(o.HasField("gate_wait_ns") and o.gate_wait_ns <= o.latency_ns for o in described.observations)
     assert not worker.stub().GetWorker(pb.GetWorkerRequest(), timeout=60).observations
 
     measured = worker.stub().Measure(pb.MeasureRequest(batch=2, repetitions_count=3), timeout=60)

@@ -11,7 +11,7 @@ from hasgpu_core import events
 from hasgpu_core.capacity import CapacityPoint, CapacityTable
 from hasgpu_core.errors import InvalidError
 from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, TensorSpec
-from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState, Row
+from hasgpu_core.resources import Allocation, DeviceHealth, DeviceInfo, InstanceState, Row
 from hasgpu_runtime import wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,12 +45,19 @@ SPEC = st.builds(
     execution_timeout_ms=U32,
 )
 DEVICE = st.builds(
-    DeviceInfo, NAME, NAME, TEXT, TEXT, U64, st.lists(U32, max_size=4).map(tuple), st.lists(TEXT, max_size=2).map(tuple)
+    DeviceInfo,
+    *(NAME, NAME, TEXT, TEXT, U64, st.lists(U32, max_size=4).map(tuple), st.lists(TEXT, max_size=2).map(tuple)),
+    mode=TEXT,
+    uuid=TEXT,
+    sm_count=U32,
+    sm_granule_pct=st.integers(1, 100),
+    health=st.sampled_from(DeviceHealth),
+    health_reason=TEXT,
 )
 ROW = st.builds(Row, U32, U32, U32)
 DESIRED = st.builds(events.DesiredInstance, NAME, ALLOCATION, st.booleans())
 PLANNED = st.builds(events.PlannedInstance, NAME, NAME, NAME, U32, ALLOCATION, U64, st.booleans())
-OBSERVATION = st.builds(events.BatchObservation, U32, U32, U32, U64, U64)
+OBSERVATION = st.builds(events.BatchObservation, U32, U32, U32, U64, U64, st.none() | U64)
 POINT = st.builds(
     CapacityPoint,
     batch=U32,
@@ -105,7 +112,15 @@ EVENTS: dict[str, tuple[st.SearchStrategy[Any], Callable[[bytes], Any]]] = {
         wire.decode_node,
     ),
     "device": (
-        st.builds(events.DeviceEvent, DEVICE, st.lists(ROW, max_size=2).map(tuple), U64, U32, I64, U64),
+        st.builds(
+            events.DeviceEvent,
+            *(DEVICE, st.lists(ROW, max_size=2).map(tuple), U64, U32, I64, U64),
+            measured_memory_bytes=st.none() | U64,
+            power_mw=st.none() | U64,
+            utilisation_pct=st.none() | U32,
+            temperature_c=st.none() | st.integers(-(2**31), 2**31 - 1),
+            sm_clock_mhz=st.none() | U32,
+        ),
         wire.decode_device,
     ),
     "capacity": (
@@ -153,11 +168,30 @@ def test_an_unset_or_unknown_enum_is_invalid():
         wire.instance_state_from_proto(common_pb2.INSTANCE_STATE_UNSPECIFIED)
 
 
+def test_an_agent_that_does_not_tell_a_devices_health_means_ok_and_an_unknown_one_is_invalid():
+    quiet = common_pb2.Device(node="n", gpu="gpu0")
+    found = wire.device_info_from_proto(quiet)
+    assert (found.health, found.sm_granule_pct) == (DeviceHealth.OK, 1)
+    quiet.ParseFromString(quiet.SerializeToString() + b"\x60\x63")  # field 12, number 99
+    with pytest.raises(InvalidError, match="health: expected ok or degraded or lost, got number 99"):
+        wire.device_info_from_proto(quiet)
+
+
+def test_what_the_driver_does_not_tell_is_not_zero():
+    device = DeviceInfo("n", "gpu0", "m", "cuda", 1, (100,))
+    unknown = events.DeviceEvent(device, (), 0, 0, 0, 0)
+    zero = dataclasses.replace(unknown, measured_memory_bytes=0, power_mw=0, utilisation_pct=0, temperature_c=0)
+    assert wire.decode_device(wire.encode(unknown)) == unknown
+    assert wire.decode_device(wire.encode(zero)) == zero
+
+
 def test_every_enum_value_has_a_number_of_its_own():
     formats = [wire.format_to_proto(value) for value in ModelFormat]
     assert sorted([0, *formats]) == sorted(common_pb2.ModelFormat.values())
     states = [wire.instance_state_to_proto(value) for value in InstanceState]
     assert sorted([0, *states]) == sorted(common_pb2.InstanceState.values())
+    healths = [wire.device_health_to_proto(value) for value in DeviceHealth]
+    assert sorted([0, *healths]) == sorted(common_pb2.DeviceHealth.values())
 
 
 def test_a_missing_allocation_is_invalid():

@@ -25,11 +25,13 @@ from hasgpu_gateway.settings import GatewaySettings
 from hasgpu_runtime import wire
 from hasgpu_runtime.bus.memory import MemoryBus
 from hasgpu_runtime.clock import SystemClock
-from hasgpu_runtime.rpc import create_server
+from hasgpu_runtime.rpc import Server, create_server
 from hasgpu_runtime.store.memory import MemoryStore
 from hasgpu_runtime.telemetry import Telemetry
 
 ARTIFACT = b"the model's files"
+STOP_BOUND_S = 30.0
+"""Many times what a gateway takes to start or to stop; a test that hangs must end inside pytest's own bound."""
 Behaviour = Callable[["FakeWorker", node_agent_pb2.ExecuteRequest], Awaitable[node_agent_pb2.ExecuteResponse]]
 
 
@@ -199,12 +201,11 @@ class Harness:
         return self.gateway.lanes.get(name)
 
 
-async def run_gateway(harness: Harness, settings: GatewaySettings, stop: asyncio.Event, started: asyncio.Event) -> None:
+async def run_gateway(
+    harness: Harness, settings: GatewaySettings, server: Server, stop: asyncio.Event, started: asyncio.Event
+) -> None:
     async with asyncio.TaskGroup() as group:
         world = World(harness.bus, harness.bus, harness.store, harness.clock, harness.telemetry)
-        server = create_server(
-            address="127.0.0.1:0", max_message_bytes=settings.max_message_bytes, telemetry=harness.telemetry
-        )
         harness.gateway = Gateway(settings, world, server=server, group=group)
         await harness.gateway.start()
         started.set()
@@ -232,19 +233,32 @@ async def harness(bus, store, telemetry: Telemetry) -> AsyncIterator[Harness]:
     harness = Harness(bus, store, SystemClock())
     harness.telemetry = telemetry
     settings = GatewaySettings("gw1", max_artifact_bytes=1000, max_message_bytes=100_000, stop_timeout_s=5.0)
+    server = create_server(
+        address="127.0.0.1:0", max_message_bytes=settings.max_message_bytes, telemetry=harness.telemetry
+    )
     stop, started = asyncio.Event(), asyncio.Event()
     harness.stop = stop
-    main = asyncio.create_task(run_gateway(harness, settings, stop, started))
+    main = asyncio.create_task(run_gateway(harness, settings, server, stop, started))
     harness.main = main
-    await asyncio.wait([main, asyncio.create_task(started.wait())], return_when=asyncio.FIRST_COMPLETED)
-    assert not main.done(), main
-    async with grpc.aio.insecure_channel(harness.gateway.address) as channel:
-        harness.channel = channel
-        harness.inference = GRPCInferenceServiceStub(channel)
-        harness.functions = FunctionServiceStub(channel)
-        await harness.until(lambda: harness.gateway.directory.caught_up)
-        yield harness
-    stop.set()
+    starting = asyncio.create_task(started.wait())
+    try:
+        await asyncio.wait([main, starting], timeout=STOP_BOUND_S, return_when=asyncio.FIRST_COMPLETED)
+        assert started.is_set(), main
+        async with grpc.aio.insecure_channel(harness.gateway.address) as channel:
+            harness.channel = channel
+            harness.inference = GRPCInferenceServiceStub(channel)
+            harness.functions = FunctionServiceStub(channel)
+            await harness.until(lambda: harness.gateway.directory.caught_up)
+            yield harness
+    finally:
+        starting.cancel()
+        stop.set()
+        await asyncio.wait([main], timeout=STOP_BOUND_S)
+        stopped = main.done()
+        main.cancel()
+        # However the gateway ended: a server that outlives its loop would fail whatever test runs when it is collected.
+        await server.stop(None)
+        for worker in harness.workers:
+            await worker.kill()
+    assert stopped, f"the gateway does not stop: {asyncio.all_tasks()}"
     await main
-    for worker in harness.workers:
-        await worker.kill()

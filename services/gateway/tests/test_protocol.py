@@ -280,8 +280,15 @@ def test_the_response_keeps_the_order_asked_for_and_is_always_raw() -> None:
     assert list(response.raw_output_contents) == [b"z" * 16, b"y" * 16]
     assert not any(output.HasField("contents") for output in response.outputs)
     assert (response.model_name, response.model_version, response.id) == ("fn", "7", "r1")
+    assert not response.parameters
     with pytest.raises(ModelError, match="no output 'z', only 'y'"):
         build_response(call, Answer(answer.outputs[:1]), 7)
+
+
+def test_an_answer_that_was_made_up_says_so() -> None:
+    outputs = (TensorData("y", "FP32", (2, 2), b"y" * 16), TensorData("z", "INT64", (2,), b"z" * 16))
+    response = build_response(parse(pair_request()), Answer(outputs, emulated=True), 7)
+    assert response.parameters["emulated"].bool_param
 
 
 def test_metadata_begins_shapes_with_the_batch() -> None:

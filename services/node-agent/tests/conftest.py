@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import json
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +20,12 @@ from hasgpu_core.events import FunctionEvent, PlanEvent, PlannedInstance, Vertic
 from hasgpu_core.function import MIB, Artifact, FunctionSpec, ModelFormat, TensorSpec
 from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
 from hasgpu_node_agent.adapters import folders
+from hasgpu_node_agent.adapters.gpus import CudaGpu
 from hasgpu_node_agent.instance import Instance
 from hasgpu_node_agent.ports import (
     Adopted,
     Counters,
+    Hindrance,
     LaunchRequest,
     Measurement,
     WorkerReport,
@@ -25,6 +33,7 @@ from hasgpu_node_agent.ports import (
 )
 from hasgpu_node_agent.reconciler import Reconciler
 from hasgpu_node_agent.row_guard import RowGuard
+from hasgpu_node_agent.row_layout import Lease
 from hasgpu_node_agent.shares import ShareApplier
 
 
@@ -47,6 +56,10 @@ class FakeProcess:
         self.instantly = True
         """Confirms a share as soon as it is written."""
         self.heeds_terminate = True
+        self.lease = request.lease
+        self.possible = [request.lease]
+        """All leases that may be in force."""
+        self.faulted = False
         self.signals: list[str] = []
         self.removed = False
         self.noted: tuple[Allocation, int] | None = None
@@ -62,8 +75,17 @@ class FakeProcess:
     def status(self) -> WorkerStatus | None:
         return self.said
 
-    def write_share(self, allocation: Allocation) -> int:
+    @property
+    def has_device_fault(self) -> bool:
+        return self.faulted
+
+    def written_lease(self) -> tuple[Lease, int]:
+        return self.lease, self.epoch
+
+    def write_share(self, allocation: Allocation, lease: Lease) -> int:
         assert self.ended is None
+        self.possible.append(lease)
+        self.lease = lease
         self.unconfirmed.append((self.now_s(), self.written))
         self.written = allocation
         self.epoch += 1
@@ -73,6 +95,7 @@ class FakeProcess:
 
     def confirm(self) -> None:
         self.confirmed_epoch = self.epoch
+        self.possible = [self.lease]
         self.applied = self.written
         self.unconfirmed = []
 
@@ -117,6 +140,28 @@ class FakeProcess:
     def fail(self, reason: str) -> None:
         self.said = WorkerStatus(InstanceState.FAILED, reason, "")
         self.end("ended with exit code 1")
+
+    def fault(self, reason: str) -> None:
+        self.said = WorkerStatus(InstanceState.FAILED, reason, "")
+        self.faulted = True
+        self.end("ended with exit code 71")
+
+
+class FakeSites:
+    """Devices on which workers can be started, unless the test says otherwise."""
+
+    def __init__(self) -> None:
+        self.in_the_way: Hindrance | None = None
+        self.looked_at: list[str] = []
+
+    def hindrance(self, gpu: str, row: int, width_pct: int) -> Hindrance | None:
+        return self.in_the_way
+
+    def ended(self, gpu: str) -> None:
+        self.looked_at.append(gpu)
+
+    async def before_kill(self, gpu: str, pid: int) -> None:
+        pass
 
 
 class FakeLauncher:
@@ -215,7 +260,9 @@ class YieldingClock(ManualClock):
 class World:
     """A node with doubles for all that touches the world; call `step` inside its event loop."""
 
-    def __init__(self, devices: Sequence[DeviceInfo] = ()) -> None:
+    def __init__(
+        self, devices: Sequence[DeviceInfo] = (), make_sites: Callable[[World], Any] = lambda world: FakeSites()
+    ) -> None:
         self.clock = YieldingClock()
         self.guard = RowGuard(devices or (cpu_device(),))
         self.launcher = FakeLauncher(self.clock.now_s)
@@ -226,6 +273,7 @@ class World:
         self.refusals: list[tuple[str, str]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.pokes = 0
+        self.sites = make_sites(self)
         self.shares = ShareApplier(self.guard, self, self.clock.now_s)
         self.reconciler = Reconciler(
             guard=self.guard,
@@ -234,6 +282,7 @@ class World:
             client=self.client,
             publisher=self.publisher,
             shares=self.shares,
+            sites=self.sites,
             clock=self.clock,
             spawn=self.spawn,
             poke=self.poke,
@@ -283,6 +332,16 @@ def cpu_device(gpu: str = "cpu0", memory_bytes: int = 8_192 * MIB, backend: str 
     return DeviceInfo("n", gpu, "cpu-2c", backend, memory_bytes, (25, 50, 75, 100))
 
 
+def gpu_device(mode: str = "mps+green", *, gpu: str = "gpu0", rungs: tuple[int, ...] = (25, 50, 75, 100)) -> DeviceInfo:
+    return DeviceInfo(
+        *("n", gpu, "card", "cuda", 8_192 * MIB, rungs),
+        mode=mode,
+        uuid=f"GPU-0000-{gpu}",
+        sm_count=132,
+        sm_granule_pct=min(rungs),
+    )
+
+
 def share(request: int = 300, *, sm: int = 100, limit: int = 0, memory_bytes: int = 512 * MIB) -> Allocation:
     return Allocation(sm, request, limit or request, memory_bytes)
 
@@ -324,10 +383,61 @@ def vertical(instance: str = "f-0", allocation: Allocation | None = None, *, rev
     return VerticalScaleEvent(name, instance, "n", allocation or share(), revision, "test", 0)
 
 
+FAKE_MPS = Path(__file__).parents[3] / "libs" / "device" / "tests" / "fake_mps" / "nvidia_cuda_mps_control.py"
+
+
+class MpsHost:
+    """A host with a stand-in for MPS's control program, in a folder whose path is short enough for sockets."""
+
+    def __init__(self, folder: Path) -> None:
+        binary = folder / "bin" / "nvidia-cuda-mps-control"
+        binary.parent.mkdir()
+        binary.write_text(f"#!{sys.executable}\n" + FAKE_MPS.read_text())
+        binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
+        self.folder = folder
+        self.scenario = folder / "scenario.json"
+        self.record = folder / "record"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("CUDA")},
+            "PATH": f"{binary.parent}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "7",
+            "FAKE_MPS_SCENARIO": str(self.scenario),
+            "FAKE_MPS_RECORD": str(self.record),
+        }
+        self.gpus: list[CudaGpu] = []
+
+    def says(self, **scenario: Any) -> None:
+        self.scenario.write_text(json.dumps(scenario))
+
+    def daemon_pid(self, gpu: str) -> int:
+        return int(json.loads((self.folder / "mps" / gpu / "daemon.json").read_text())["pid"])
+
+    def gpu(self, info: Any) -> CudaGpu:
+        gpu = CudaGpu(info, self.folder / "mps" / info.gpu, self.environment)
+        self.gpus.append(gpu)
+        return gpu
+
+
+@pytest.fixture
+def host() -> Iterator[MpsHost]:
+    if not FAKE_MPS.exists():
+        pytest.skip(f"there is no {FAKE_MPS.name}")
+    folder = Path(tempfile.mkdtemp(prefix="hg"))
+    made = MpsHost(folder)
+    try:
+        yield made
+    finally:
+        made.scenario.unlink(missing_ok=True)
+        for gpu in made.gpus:
+            gpu.quit_daemon(20)
+        shutil.rmtree(folder)
+
+
 class Make:
     """How tests get at the functions of this file."""
 
     device = staticmethod(cpu_device)
+    gpu = staticmethod(gpu_device)
     share = staticmethod(share)
     planned = staticmethod(planned)
     function = staticmethod(function)

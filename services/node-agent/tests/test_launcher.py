@@ -22,6 +22,7 @@ from hasgpu_node_agent.adapters.launcher import ProcessLauncher
 from hasgpu_node_agent.adapters.process import WORKER_MODULE
 from hasgpu_node_agent.ports import LaunchRequest
 from hasgpu_node_agent.row_guard import WorkerKey
+from hasgpu_node_agent.row_layout import Lease
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def request(make: Any, generation: int = 1, *, profiling: bool = False) -> Launc
         device=make.device(),
         row=1,
         allocation=make.share(300, sm=50, limit=600),
+        lease=Lease(25, 50),
         allocation_revision=7,
         artifact=Path("/artifacts/x"),
         profiling=profiling,
@@ -69,10 +71,13 @@ async def test_a_worker_gets_its_configuration_control_block_and_gate(
     assert (config.device_cores, config.gate_path) == (2.0, str(folders.gate("cpu0", 1)))
     with ControlBlock.open(config.control_path) as block:
         shares = block.read_shares()
-        assert (shares.sm_pct, shares.request_permille, shares.limit_permille) == (50, 300, 600)
-        epoch = worker.write_share(make.share(200))
+        assert (shares.first_pct, shares.sm_pct, shares.exclusive) == (25, 50, False)
+        assert (shares.request_permille, shares.limit_permille) == (300, 600)
+        epoch = worker.write_share(make.share(200), Lease(25, 50, exclusive=True))
         assert (block.read_shares().epoch, block.read_shares().request_permille) == (epoch, 200)
-        block.update_counters(applied_epoch=epoch, used_ns=5, batches_count=2)
+        assert (block.read_shares().first_pct, block.read_shares().exclusive) == (25, True)
+        assert worker.written_lease() == (Lease(25, 50, exclusive=True), epoch)
+        block.write_usage(epoch, used_ns=5, batches_count=2)
         assert worker.applied_epoch() == epoch
         assert worker.counters().device_time_ns == 5
     assert folders.gate("cpu0", 1).exists()

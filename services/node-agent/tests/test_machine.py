@@ -92,6 +92,14 @@ def machine(make: Any) -> type[RuleBasedStateMachine]:
             assert sum(max(sm for _, sm in row) for row in rows.values()) <= 100
 
         @invariant()
+        def rows_overlap_only_where_all_have_confirmed_that_they_are_marked(self) -> None:
+            live = self.world.launcher.live if hasattr(self, "world") else []
+            for one, other in itertools.combinations(live, 2):
+                if one.request.row != other.request.row:
+                    for a, b in itertools.product(one.possible, other.possible):
+                        assert not a.overlaps(b) or (a.exclusive and b.exclusive), (a, b)
+
+        @invariant()
         def an_instance_has_at_most_one_worker_that_stays_and_one_to_come(self) -> None:
             if hasattr(self, "world"):
                 for instance in self.world.reconciler.instances.values():

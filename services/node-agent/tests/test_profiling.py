@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from hasgpu_core.errors import InvalidError, ModelError, NotFoundError, UnavailableError
 from hasgpu_node_agent.errors import ProfileError
-from hasgpu_node_agent.profiling import Point, ProfileOrder, Profiler, batch_ladder, configurations, ends_first
+from hasgpu_node_agent.ports import Measurement
+from hasgpu_node_agent.profiling import (
+    Configuration,
+    Point,
+    ProfileOrder,
+    Profiler,
+    batch_ladder,
+    configurations,
+    ends_first,
+    repetitions,
+)
 
 
 @pytest.fixture
@@ -98,6 +108,62 @@ async def test_even_whole_quota_points_end_at_twice_the_budget(world: Any, make:
     assert len(points) == 3
 
 
+def test_named_configurations_are_measured_in_the_same_order_and_no_others(make: Any) -> None:
+    whole, smaller = configurations(order(make), make.device())
+    everything = order(make, configurations=tuple(reversed([*whole, *smaller])))
+    assert configurations(everything, make.device()) == (whole, smaller)
+    some = order(make, configurations=tuple(whole[5:9] + smaller[3:7]))
+    found_whole, found_smaller = configurations(some, make.device())
+    assert set(found_whole) == set(whole[5:9])
+    assert set(found_smaller) == set(smaller[3:7])
+
+
+async def test_named_configurations_at_small_quotas_alone_are_measured(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    named = (Configuration(2, 50, 200), Configuration(1, 25, 200))
+    points, words = await collect(world, profiler, order(make, configurations=named))
+    assert [p.configuration for p in points] == list(reversed(named))
+    assert words[-1] == "batch 2, SM 50 %, quota 20 %: 2 of 2"
+
+
+async def test_the_budget_of_named_configurations_is_not_overrun(world: Any, make: Any, profiler: Profiler) -> None:
+    world.client.on_measure = lambda batch: world.clock.advance(5.0)
+    named = tuple(Configuration(batch, 100, 1_000) for batch in (1, 2, 4, 8))
+    points, words = await collect(world, profiler, order(make, budget_s=12.0, configurations=named))
+    assert len(points) == 3
+    assert words[-1] == "the budget of 12 s is used up: 3 of 4 measured"
+
+
+def test_a_point_at_a_quota_is_repeated_until_its_bucket_is_long_empty() -> None:
+    """12 batches of 0.3 ms would all fit into the 8 ms that 20 % of a window of 40 ms are."""
+    short = Measurement(latency_ns=300_000, device_time_ns=300_000, longest_segment_ns=1, repetitions_count=12)
+    assert repetitions(1_000, short) == 12
+    count = repetitions(200, short)
+    assert count * 0.3 * (1 - 0.2) > 3 * 40 * 0.2
+    long = Measurement(latency_ns=10**8, device_time_ns=10**8, longest_segment_ns=1, repetitions_count=12)
+    assert repetitions(200, long) == 13
+    mostly_host = Measurement(latency_ns=1_000_000, device_time_ns=100_000, longest_segment_ns=1, repetitions_count=12)
+    assert repetitions(500, mostly_host) == 12
+    assert repetitions(500, None) == 1_000
+
+
+async def test_what_the_whole_quota_took_decides_how_often_smaller_ones_run(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    asked: list[int] = []
+    measure = world.client.measure
+
+    async def remember(address: str, **options: Any) -> Any:
+        asked.append(options["repetitions_count"])
+        return await measure(address, **options)
+
+    world.client.measure = remember
+    await collect(world, profiler, order(make, batches=(1,), sm_pcts=(100,), quotas_permille=(1_000, 900, 100)))
+    found = await measure("x", batch=1, repetitions_count=1, budget_s=1.0)
+    assert asked == [12, repetitions(900, found), repetitions(100, found)]
+
+
 async def test_a_worker_that_cannot_load_ends_the_run_with_its_reason(
     world: Any, make: Any, profiler: Profiler
 ) -> None:
@@ -162,6 +228,10 @@ async def test_runs_on_one_device_wait_for_each_other(world: Any, make: Any, pro
         ({"sm_pcts": (0,)}, InvalidError),
         ({"quotas_permille": (1_001,)}, InvalidError),
         ({"budget_s": 1e9}, InvalidError),
+        ({"configurations": (Configuration(9, 100, 1_000),)}, InvalidError),
+        ({"configurations": (Configuration(1, 101, 1_000),)}, InvalidError),
+        ({"configurations": (Configuration(1, 100, 0),)}, InvalidError),
+        ({"configurations": (Configuration(1, 100, 1_000),), "batches": (1,)}, InvalidError),
     ],
 )
 async def test_orders_that_cannot_be_are_refused(
@@ -170,3 +240,24 @@ async def test_orders_that_cannot_be_are_refused(
     with pytest.raises(error):
         await collect(world, profiler, order(make, **changes))
     assert world.launcher.started == []
+
+
+async def test_where_sms_are_fixed_each_share_has_a_worker_of_its_own(make: Any) -> None:
+    world = make.world([make.gpu("mps+pct")])
+    profiler = Profiler(
+        guard=world.guard,
+        launcher=world.launcher,
+        artifacts=world.artifacts,
+        client=world.client,
+        clock=world.clock,
+        spawn=world.spawn,
+    )
+    wanted = ProfileOrder(make.function().spec, "gpu0", batches=(1,), sm_pcts=(50, 100), quotas_permille=(1_000, 500))
+    points = []
+    async for step in profiler.run(wanted):
+        for process in world.launcher.live:
+            process.ready()
+        if isinstance(step, Point):
+            points.append((step.configuration.sm_pct, world.launcher.live[-1].request.lease.width_pct))
+    assert sorted(points) == [(50, 50), (50, 50), (100, 100), (100, 100)]
+    assert len(world.launcher.started) == 2

@@ -11,6 +11,7 @@ from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.ports import Adopted, WorkerRecord
 from hasgpu_node_agent.pulse import allowed_silence_s
 from hasgpu_node_agent.row_guard import WorkerKey
+from hasgpu_node_agent.row_layout import Lease
 
 
 async def running(world: Any, make: Any, *planned: Any) -> None:
@@ -350,7 +351,7 @@ def adopted(world: Any, make: Any, key: WorkerKey, *, request: int = 300, ready:
 
 class _Request:
     def __init__(self, key: WorkerKey, allocation: Any) -> None:
-        self.key, self.allocation = key, allocation
+        self.key, self.allocation, self.lease = key, allocation, Lease(0, allocation.sm_pct)
 
 
 async def test_an_adopted_worker_keeps_serving_with_its_share(world: Any, make: Any) -> None:

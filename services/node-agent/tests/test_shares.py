@@ -118,7 +118,7 @@ async def test_an_sm_change_is_live_on_the_cpu_and_a_mixed_change_lowers_before_
     process = world.process("f-0")
     seen: list[Allocation] = []
     write = process.write_share
-    process.write_share = lambda allocation: (seen.append(allocation), write(allocation))[1]
+    process.write_share = lambda allocation, lease: (seen.append(allocation), write(allocation, lease))[1]
     world.reconciler.set_vertical(make.vertical(allocation=make.share(200, sm=100)), {})
     await world.step(4)
     assert [(a.sm_pct, a.request_permille) for a in seen] == [(50, 200), (100, 200)]

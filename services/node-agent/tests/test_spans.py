@@ -107,6 +107,7 @@ def traced(world: Any, recorder: Recorder) -> Any:
         client=world.client,
         publisher=world.publisher,
         shares=world.shares,
+        sites=world.sites,
         clock=world.clock,
         spawn=world.spawn,
         poke=world.poke,

@@ -116,7 +116,7 @@ class Scheduling(RuleBasedStateMachine):
                 seen.add(entry.instance)
             for gpu in {entry.gpu for entry in plan.instances}:
                 mine = [entry for entry in plan.instances if entry.gpu == gpu]
-                rows = rows_of(mine)
+                rows = rows_of(mine, make.device(name))
                 assert all(row.used_permille <= WHOLE_PERMILLE for row in rows)
                 assert sum(row.sm_pct for row in rows) <= WHOLE_PCT
                 assert len({(entry.row, entry.allocation.sm_pct) for entry in mine}) == len(rows)

@@ -34,22 +34,23 @@ def infer_command(
     as_json: bool,
 ) -> None:
     """Send one request to the function NAME and print what it answers (--json: in full)."""
-    outputs, took_s = run(_infer(target, name, texts, inputs, files, timeout_s))
+    outputs, took_s, emulated = run(_infer(target, name, texts, inputs, files, timeout_s))
     if as_json:
         shown = [
             {"name": t.name, "datatype": t.datatype, "shape": list(t.shape), "data": tensors.to_json_value(t)}
             for t in outputs
         ]
-        print_json({"function": name, "latency_ms": round(took_s * 1e3, 3), "outputs": shown})
+        print_json({"function": name, "latency_ms": round(took_s * 1e3, 3), "emulated": emulated, "outputs": shown})
         return
     for tensor in outputs:
         click.echo(f"{tensor.name}  {tensor.datatype} {list(tensor.shape)}  {tensors.summarise(tensor)}")
-    click.echo(f"answered in {took_s * 1e3:.1f} ms")
+    note = " by an emulated device: the outputs are made up" if emulated else ""
+    click.echo(f"answered in {took_s * 1e3:.1f} ms{note}")
 
 
 async def _infer(
     target: Target, name: str, texts: Sequence[str], inputs: Sequence[str], files: Sequence[str], timeout_s: float
-) -> tuple[list[tensors.Tensor], float]:
+) -> tuple[list[tensors.Tensor], float, bool]:
     from hasgpu.inference.v2 import inference_pb2 as oip
     from hasgpu.inference.v2 import inference_pb2_grpc
 
@@ -61,7 +62,8 @@ async def _infer(
         began_s = time.monotonic()
         response: Any = await stub.ModelInfer(tensors.infer_request(name, given), timeout=timeout_s)
         took_s = time.monotonic() - began_s
-    return tensors.response_tensors(response), took_s
+    emulated = "emulated" in response.parameters and response.parameters["emulated"].bool_param
+    return tensors.response_tensors(response), took_s, emulated
 
 
 def build_inputs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,11 +14,26 @@ from hasgpu_cli import up
 from hasgpu_cli.client import Target
 from hasgpu_cli.home import Home, RunRecord
 from hasgpu_cli.options import json_option, make_console, print_json, run, target_options
+from hasgpu_cli.stack import DEVICES
 
 
 @click.command("up")
 @click.option("--nodes", default=1, show_default=True, help="Node agents to start.")
-@click.option("--devices", default="cpu", show_default=True, help="Devices of each node, as `cpu` or `cpu:cores=2`.")
+@click.option(
+    "--device",
+    default="",
+    type=click.Choice(["", *DEVICES]),
+    metavar="|".join(DEVICES),
+    help="What each node's GPUs are: the host's cores, NVIDIA GPUs, or GPUs emulated from a profile [cpu].",
+)
+@click.option("--gpus", type=int, metavar="N", help="GPUs of each node [emulated: 1; cuda: all that there are].")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What GPUs are emulated from, as `hasgpu profile` writes it [the shipped profile].",
+)
+@click.option("--devices", default="", metavar="SETTING", help="In place of the three: as `cpu:cores=2;cpu:cores=1`.")
 @click.option("--port", default=0, help="Port of the gateway [8001, or a free one when that is taken].")
 @click.option("--nats-url", default="", metavar="URL", help="Use this NATS (JetStream on) instead of starting one.")
 @click.option("--redis-url", default="", metavar="URL", help="Use this Redis instead of starting one.")

@@ -23,7 +23,7 @@ BAR_CELLS = 20
 @click.option("--period", "period_s", default=1.0, show_default=True, type=click.FloatRange(min=0.1))
 @click.option("--count", type=click.IntRange(min=1), help="End after so many tables [only on Ctrl-C].")
 @json_option
-@target_options("gateway", "scaler")
+@target_options("gateway", "scaler", "scheduler")
 def top_command(target: Target, period_s: float, count: int | None, as_json: bool) -> None:
     """Watch functions, shares and load live; --json prints one snapshot."""
     if as_json:
@@ -63,11 +63,23 @@ async def _watch(target: Target, period_s: float, count: int | None) -> None:
             while count is None or shown < count:
                 try:
                     rows = await snapshot(target)
-                    live.update(_table(rows, _busy(rows, before)), refresh=True)
+                    devices = await _devices(target)
+                    live.update(_table(rows, _busy(rows, before), devices), refresh=True)
                 except HasgpuError as error:
                     live.update(Text(str(error), style="red"), refresh=True)
                 shown += 1
                 await asyncio.sleep(period_s)
+
+
+async def _devices(target: Target) -> list[dict[str, Any]]:
+    """What the devices measured last; nothing while the scheduler is away."""
+    from hasgpu_cli.devices import fetch_telemetry
+    from hasgpu_cli.status import fetch_cluster
+
+    try:
+        return await fetch_telemetry(await fetch_cluster(target))
+    except HasgpuError:
+        return []
 
 
 def _busy(rows: list[dict[str, Any]], before: dict[str, tuple[float, int]]) -> dict[str, float]:
@@ -84,10 +96,12 @@ def _busy(rows: list[dict[str, Any]], before: dict[str, tuple[float, int]]) -> d
     return busy
 
 
-def _table(rows: list[dict[str, Any]], busy: dict[str, float]) -> RenderableType:
+def _table(rows: list[dict[str, Any]], busy: dict[str, float], devices: list[dict[str, Any]]) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
+
+    from hasgpu_cli.devices import device_table
 
     table = Table("function", "state", "share of a device", "req/s", "capacity", "queue", "p95 / SLO ms", "last reason")
     details = Table("instance", "state", "where", "SM", "time", "up to", "busy", "batches", box=None)
@@ -110,7 +124,7 @@ def _table(rows: list[dict[str, Any]], busy: dict[str, float]) -> RenderableType
             used = busy.get(instance["instance"])
             details.add_row(
                 instance["instance"],
-                instance["state"],
+                instance["state"] + (" (emulated)" if instance["reason"].startswith("emulated ") else ""),
                 f"{instance['node']}/{instance['gpu']} row {instance['row']}",
                 f"{allocation['sm_pct']} %",
                 f"{allocation['request_permille'] / 10:g} %",
@@ -118,4 +132,4 @@ def _table(rows: list[dict[str, Any]], busy: dict[str, float]) -> RenderableType
                 "-" if used is None else f"{100 * used:.0f} %",
                 str(instance["batches_count"]),
             )
-    return Group(table, details)
+    return Group(table, details, device_table(devices)) if devices else Group(table, details)

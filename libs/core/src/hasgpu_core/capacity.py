@@ -55,6 +55,14 @@ class CapacityTable:
     """"profiled", or "static" while no measurement of this function exists."""
     infeasible_reason: str = ""
     """Why no configuration meets the objective; empty when one does."""
+    correction_permille: int = 1_000
+    """Factor in force of the online correction, on latencies that the quota decides."""
+    run_correction_permille: int = 1_000
+    """The same, on the others."""
+    drift: str = ""
+    """In words while the profile no longer describes the function; a new one is being measured then."""
+    profiled_max_batch: int = 0
+    """The largest batch that was measured; larger ones are extrapolated. 0: none was."""
     _index: dict[tuple[int, int, int], CapacityPoint] = field(init=False, repr=False, compare=False, hash=False)
     _batches: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _sms: tuple[int, ...] = field(init=False, repr=False, compare=False)

@@ -56,6 +56,9 @@ class DemandView:
     """Since the newest report."""
     items_per_request: float = 1.0
     """Mean over the last observation period. The more come at once, the noisier is a rate counted in items."""
+    arrived_items_count: int | None = None
+    """Items that have arrived so far, from some start on: differences of it give rates over any period. It falls when a
+    gateway leaves the sum. None: no data."""
 
 
 @dataclass(frozen=True, slots=True)

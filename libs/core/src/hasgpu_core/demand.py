@@ -107,6 +107,7 @@ class DemandTracker:
             p95_s=max(p95s_ms) / 1e3 if p95s_ms else None,
             age_s=age_s,
             items_per_request=_items_per_request(live),
+            arrived_items_count=sum(source.samples[-1].items_count for source in live) if rates else None,
         )
 
 

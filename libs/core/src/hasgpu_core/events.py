@@ -58,6 +58,8 @@ class BatchObservation:
     latency_ns: int
     """Gate wait and execution."""
     device_time_ns: int
+    gate_wait_ns: int | None = None
+    """Part of the latency that was waited at the gate; None: the worker does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,19 @@ class DeviceEvent:
     device: DeviceInfo
     rows: tuple[Row, ...]
     memory_used_bytes: int
+    """Promised to instances."""
     busy_permille: int
     """Share of the last telemetry period for which the device was held, summed over its rows weighted by SM share."""
     observed_unix_ns: int
     allocated_gpu_ns: int
     """Since the agent began: integral of SM share times request, in GPU-nanoseconds."""
+    measured_memory_bytes: int | None = None
+    """In use on the device, as its driver says; None, here and below: it does not say."""
+    power_mw: int | None = None
+    utilisation_pct: int | None = None
+    """Part of the driver's last sample period for which any kernel ran, 0..100."""
+    temperature_c: int | None = None
+    sm_clock_mhz: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

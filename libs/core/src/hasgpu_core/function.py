@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,3 +155,13 @@ class FunctionSpec:
             raise InvalidError(
                 "min_instances", expected=f"at most max_instances ({self.max_instances})", got=str(self.min_instances)
             )
+
+
+def workload_digest(spec: FunctionSpec) -> str:
+    """Returns what a function's profile is keyed by, lower-case hex.
+
+    It covers what decides the device work of a batch: the artifact, its entry and format, and the parameters handed
+    to `load()`. Name, objective and scaling bounds are left out, so a redeploy of the same artifact needs no new run.
+    """
+    what = [spec.artifact.sha256, spec.format.value, spec.entry, sorted(spec.parameters.items())]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()

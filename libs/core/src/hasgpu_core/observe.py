@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from hasgpu_core.capacity import CapacityTable
@@ -11,12 +11,14 @@ from hasgpu_core.cluster import ClusterSnapshot, FunctionView, InstanceView
 from hasgpu_core.demand import DemandTracker
 from hasgpu_core.events import DemandEvent, DesiredInstance, DeviceEvent, FunctionEvent, InstanceEvent, NodeEvent
 from hasgpu_core.policy.placement import Placement, occupy, place
-from hasgpu_core.resources import WHOLE_PERMILLE, DeviceInfo, DeviceState, InstanceState, Row
+from hasgpu_core.resources import WHOLE_PERMILLE, DeviceHealth, DeviceInfo, DeviceState, InstanceState, Row
 
 NODE_LOST_AFTER_S = 5.0
 """A node that neither beat nor sent telemetry for this long is taken for lost."""
 
 _DeviceKey = tuple[str, str]
+_BoundRoom = tuple[tuple[DeviceState, ...], Mapping[tuple[str, str], str]]
+"""Devices with the room of all instances taken, and the device models of desired instances that are not bound yet."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class ClusterObserver:
         self._tables: dict[str, dict[str, CapacityTable]] = {}
         self._desired: dict[str, _Desired] = {}
         self._held: set[str] = set()
+        self._version = 0
+        self._bound_cache: tuple[tuple[int, tuple[str, ...]], _BoundRoom] | None = None
 
     # What comes in
 
@@ -65,9 +69,11 @@ class ClusterObserver:
         held = self._functions.get(event.spec.name)
         if held is None or event.revision >= held.revision:
             self._functions[event.spec.name] = event
+            self._version += 1
 
     def remove_function(self, name: str) -> None:
         """A function went. Its instances keep their room until their own events go."""
+        self._version += 1
         for held in (self._functions, self._tables, self._desired):
             held.pop(name, None)
         self._held.discard(name)
@@ -79,10 +85,12 @@ class ClusterObserver:
 
     def apply_instance(self, event: InstanceEvent) -> None:
         """An instance changed."""
+        self._version += 1
         self._instances.setdefault(event.function, {})[event.instance] = event
 
     def remove_instance(self, function: str, instance: str) -> None:
         """An instance is gone; one still desired shows as PENDING from here on."""
+        self._version += 1
         instances = self._instances.get(function, {})
         instances.pop(instance, None)
         if not instances:
@@ -92,6 +100,9 @@ class ClusterObserver:
         """A device sent its telemetry; that is a sign of life of its node too."""
         node = self._nodes.setdefault(event.device.node, _Node(now_s))
         node.heard_s = max(node.heard_s, now_s)
+        before = node.telemetry.get(event.device.gpu)
+        if before is None or _tells(before) != _tells(event) or node.devices.get(event.device.gpu) != event.device:
+            self._version += 1
         node.devices[event.device.gpu] = event.device
         node.telemetry[event.device.gpu] = event
 
@@ -99,11 +110,15 @@ class ClusterObserver:
         """A node's heart beat. Devices that it no longer names are gone."""
         node = self._nodes.setdefault(event.node, _Node(now_s))
         node.heard_s = max(node.heard_s, now_s)
+        devices = {device.gpu: device for device in event.devices}
+        if node.draining != event.draining or node.devices != devices:
+            self._version += 1
         node.draining = event.draining
-        node.devices = {device.gpu: device for device in event.devices}
+        node.devices = devices
 
     def remove_node(self, name: str) -> None:
         """A node left: its devices are gone, its instances lost."""
+        self._version += 1
         self._nodes[name] = _Node(-math.inf)
 
     def apply_table(self, table: CapacityTable) -> None:
@@ -116,7 +131,10 @@ class ClusterObserver:
 
     def set_desired(self, function: str, instances: Iterable[DesiredInstance], next_ordinal: int) -> None:
         """What is wanted of a function from now on, and the ordinal of its next new instance."""
-        self._desired[function] = _Desired(tuple(sorted(instances, key=lambda d: d.instance)), next_ordinal)
+        desired = _Desired(tuple(sorted(instances, key=lambda d: d.instance)), next_ordinal)
+        if self._desired.get(function) != desired:
+            self._desired[function] = desired
+            self._version += 1
 
     def set_held(self, function: str, held: bool) -> None:
         """Whether a function is held by hand."""
@@ -127,8 +145,34 @@ class ClusterObserver:
 
     # What goes out
 
-    def snapshot(self, now_s: float) -> ClusterSnapshot:
-        """Returns all that a decision at `now_s` may look at."""
+    def snapshot(self, now_s: float, functions: Collection[str] | None = None) -> ClusterSnapshot:
+        """Returns all that a decision at `now_s` may look at; of the named functions alone, if any are named."""
+        devices, predicted = self._room(now_s)
+        names = self._functions if functions is None else [name for name in functions if name in self._functions]
+        views = []
+        for name in sorted(names):
+            event, wanted = self._functions[name], self._wanted(name)
+            views.append(
+                FunctionView(
+                    spec=event.spec,
+                    revision=event.revision,
+                    demand=self._demand.view(name, now_s),
+                    instances=tuple(
+                        self._instance_view(name, want, predicted.get((name, want.instance), ""), now_s)
+                        for want in wanted.instances
+                    ),
+                    tables=dict(self._tables.get(name, {})),
+                    held=name in self._held,
+                    next_ordinal=wanted.next_ordinal,
+                )
+            )
+        return ClusterSnapshot(tuple(views), devices)
+
+    def _room(self, now_s: float) -> _BoundRoom:
+        """What is free on the live devices; worked out anew only when something changed or a node fell silent."""
+        key = (self._version, tuple(name for name in self._nodes if self._lost(name, now_s)))
+        if self._bound_cache is not None and self._bound_cache[0] == key:
+            return self._bound_cache[1]
         wanted = {name: self._wanted(name) for name in {*self._functions, *self._desired}}
         devices = self._devices_with_bound(wanted, now_s)
         predicted: dict[tuple[str, str], str] = {}
@@ -141,22 +185,8 @@ class ClusterObserver:
                     devices = occupy(devices, outcome, want.allocation)
                     node = self._nodes[outcome.node]
                     predicted[name, want.instance] = node.devices[outcome.gpu].model
-        functions = tuple(
-            FunctionView(
-                spec=event.spec,
-                revision=event.revision,
-                demand=self._demand.view(name, now_s),
-                instances=tuple(
-                    self._instance_view(name, want, predicted.get((name, want.instance), ""), now_s)
-                    for want in wanted[name].instances
-                ),
-                tables=dict(self._tables.get(name, {})),
-                held=name in self._held,
-                next_ordinal=wanted[name].next_ordinal,
-            )
-            for name, event in sorted(self._functions.items())
-        )
-        return ClusterSnapshot(functions, devices)
+        self._bound_cache = (key, (devices, predicted))
+        return devices, predicted
 
     def _lost(self, name: str, now_s: float) -> bool:
         """Whether a node is known to be gone; one never heard of is not."""
@@ -220,13 +250,17 @@ class ClusterObserver:
                     continue
                 request_permille = max(requests.get(name, 0), event.allocation.request_permille)
                 key = (event.node, event.gpu)
-                _add(rows.setdefault(key, {}), event.row, event.allocation.sm_pct, request_permille)
+                info = self._nodes[event.node].devices.get(event.gpu) if event.node in self._nodes else None
+                sm_pct = event.allocation.sm_pct if info is None else info.given_sm_pct(event.allocation.sm_pct)
+                _add(rows.setdefault(key, {}), event.row, sm_pct, request_permille)
                 memory_bytes[key] = memory_bytes.get(key, 0) + event.allocation.memory_bytes
         devices = []
         for name, node in sorted(self._nodes.items()):
             if node.draining or self._lost(name, now_s):
                 continue
             for gpu, info in sorted(node.devices.items()):
+                if info.health is DeviceHealth.LOST:
+                    continue
                 key = (name, gpu)
                 telemetry = node.telemetry.get(gpu)
                 used_bytes = memory_bytes.get(key, 0)
@@ -237,6 +271,11 @@ class ClusterObserver:
                 device = DeviceState(info, tuple(device_rows[i] for i in sorted(device_rows)), used_bytes)
                 devices.append(device)
         return tuple(devices)
+
+
+def _tells(event: DeviceEvent) -> tuple[tuple[Row, ...], int]:
+    """What of a device's telemetry a snapshot shows."""
+    return event.rows, event.memory_used_bytes
 
 
 def _add(rows: dict[int, Row], index: int, sm_pct: int, request_permille: int) -> None:

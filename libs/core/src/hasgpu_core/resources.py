@@ -62,6 +62,16 @@ class InstanceState(Enum):
     """Not running; the reason says why. It is retried from the plan with back-off."""
 
 
+class DeviceHealth(Enum):
+    """Whether a device can be used."""
+
+    OK = "ok"
+    DEGRADED = "degraded"
+    """It serves, or will again shortly: its sharing daemon is being restarted, or it can't be watched."""
+    LOST = "lost"
+    """It has gone or can't be used any more; its instances have failed, and nothing is placed on it."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
     """One GPU (or CPU device) of a node."""
@@ -78,6 +88,27 @@ class DeviceInfo:
     """SM shares that the device can really give, ascending."""
     capabilities: tuple[str, ...] = ()
     """What the agent proved that it can enforce, in words."""
+    mode: str = ""
+    """How a CUDA device is shared: "mps+green", "mps+pct", "mps+static" or "timeshare"; "" on other devices."""
+    uuid: str = ""
+    """"GPU-..." of a CUDA device."""
+    sm_count: int = 0
+    """Streaming multiprocessors of a CUDA device; 0: it has none."""
+    sm_granule_pct: int = 1
+    """The smallest SM share that it can give, 1..100. At 1 it gives any share, and its rungs are a choice of them; else
+    the rungs are all that it gives."""
+    health: DeviceHealth = DeviceHealth.OK
+    health_reason: str = ""
+    """In words, unless it is OK."""
+
+    def given_sm_pct(self, asked_pct: int) -> int:
+        """Returns the SM share, in per cent, that the device gives when one is asked for: the next rung up.
+
+        A device that gives any share, or has no rung as wide, gives what was asked for.
+        """
+        if self.sm_granule_pct <= 1:
+            return asked_pct
+        return min((rung for rung in self.sm_rungs_pct if rung >= asked_pct), default=asked_pct)
 
 
 @dataclass(frozen=True, slots=True)

@@ -403,6 +403,7 @@ class Engine:
                         request_permille=run.request_permille,
                         latency_ns=run.gate_wait_ns + run.execute_ns,
                         device_time_ns=run.device_ns,
+                        gate_wait_ns=run.gate_wait_ns,
                     )
                 )
         self._finish(job, response)

@@ -66,6 +66,8 @@ class Answer:
     """An item's outputs."""
 
     outputs: tuple[TensorData, ...]
+    emulated: bool = False
+    """They were made up by an emulated device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,10 +195,14 @@ def _timeout_of(request: pb.ModelInferRequest) -> float | None:
 def build_response(call: InferCall, answer: Answer, revision: int) -> pb.ModelInferResponse:
     """Returns the response: outputs in the order asked for, always as raw contents.
 
+    Outputs that an emulated device made up are marked by the parameter `emulated`.
+
     Raises:
         ModelError: The worker left out an output that was asked for.
     """
     response = pb.ModelInferResponse(model_name=call.function, model_version=str(revision), id=call.request_id)
+    if answer.emulated:
+        response.parameters["emulated"].bool_param = True
     outputs = {tensor.name: tensor for tensor in answer.outputs}
     for name in call.outputs:
         tensor = outputs.get(name)

@@ -22,18 +22,20 @@ from hasgpu_core.events import (
 )
 from hasgpu_core.ports import Bus, CaughtUp, Clock, StateChange
 from hasgpu_core.resources import InstanceState
+from hasgpu_device.backends.cuda.fault_policy import FaultLimits
 from hasgpu_runtime.loop import ReconcileLoop
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import decode_function, decode_instance, decode_plan, decode_vertical, encode
 
+from hasgpu_node_agent.gpu_watch import GpuWatch
 from hasgpu_node_agent.instance import Instance, Worker
 from hasgpu_node_agent.meters import AllocationMeter, BusyMeter
-from hasgpu_node_agent.ports import Artifacts, Launcher, WorkerClient, WorkerProcess
+from hasgpu_node_agent.ports import Artifacts, Gauges, Gpu, Launcher, WorkerClient, WorkerProcess
 from hasgpu_node_agent.profiling import Profiler
 from hasgpu_node_agent.publisher import BusPublisher
 from hasgpu_node_agent.reconciler import Reconciler
 from hasgpu_node_agent.row_guard import RowGuard
-from hasgpu_node_agent.shares import ShareApplier
+from hasgpu_node_agent.shares import CONFIRM_TIMEOUT_S, ShareApplier
 from hasgpu_node_agent.traces import ShareTraces
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class NodeAgent:
         launcher: Launcher,
         artifacts: Artifacts,
         client: WorkerClient,
+        gpus: Mapping[str, Gpu],
+        gauges: Gauges,
         spawn: Callable[[Coroutine[object, object, None]], object],
     ) -> None:
         self._node = node
@@ -85,6 +89,11 @@ class NodeAgent:
         self._client = client
         self._loop = ReconcileLoop(clock, PASS_PERIOD_S, name="reconcile")
         self._publisher = BusPublisher(bus, node, self._event, self._published, self._planned)
+        self._gauges = gauges
+        self.watch = GpuWatch(
+            gpus, gauges, guard=guard, clock=clock, spawn=spawn, changed=self._device_changed, limits=FaultLimits()
+        )
+        """Of the GPUs and their daemons."""
         self.traces = ShareTraces(telemetry, clock, self._publisher.mark)
         self._reconciler = Reconciler(
             guard=guard,
@@ -93,6 +102,7 @@ class NodeAgent:
             client=client,
             publisher=self._publisher,
             shares=ShareApplier(guard, self.traces, clock.now_s),
+            sites=self.watch,
             clock=clock,
             spawn=spawn,
             poke=self._loop.poke,
@@ -141,6 +151,12 @@ class NodeAgent:
             self._loop.poke()
             self._spawn(self._tell_node())
 
+    def _device_changed(self) -> None:
+        """A GPU's health changed, or whether workers can be started on it."""
+        self._loop.poke()
+        if self.caught_up.is_set():
+            self._spawn(self._tell_node())
+
     def _event(self, instance: str) -> tuple[InstanceEvent, Mapping[str, str]] | None:
         found = self._reconciler.instances.get(instance)
         if found is None:
@@ -177,6 +193,7 @@ class NodeAgent:
             self._publish(),
             self._beat(),
             self._beat_node(),
+            self.watch.run(self._reconciler),
             self._measure_devices(),
             self._measure_instances(),
         )
@@ -294,10 +311,14 @@ class NodeAgent:
         self._accrue()
         self.traces.settle_plan(self._reconciler.settled)
         self._prune()
-        while awaited:
+        until_s = self._clock.now_s() + CONFIRM_TIMEOUT_S
+        while awaited and self._clock.now_s() < until_s:
             await self._clock.sleep(CONFIRM_TICK_S)
             awaited = self._reconciler.step_shares()
             self._accrue()
+        if awaited:
+            # A worker may hang before it confirms its SMs: a whole pass finds that out.
+            self._loop.poke()
 
     def _prune(self) -> None:
         """Takes artifacts away that no function, worker or profiling run needs any more."""
@@ -347,6 +368,8 @@ class NodeAgent:
     async def _measure_devices(self) -> None:
         while True:
             await self._clock.sleep(DEVICE_PERIOD_S)
+            # Not awaited: a driver that hangs would hold up what is known without it.
+            self._spawn(self._gauges.refresh())
             for device in self._guard.devices:
                 event = self._measure_device(device.gpu)
                 self._device_events[device.gpu] = event
@@ -391,12 +414,13 @@ class NodeAgent:
         self._accrue()
         allocation, busy = self._meters[gpu]
         workers = [
-            (w.key, w.share.allocation.sm_pct, w.process.counters().device_time_ns)
+            (w.key, w.newest_lease.width_pct, w.process.counters().device_time_ns)
             for i in self._reconciler.instances.values()
             for w in (*i.workers(), *i.leaving)
             if w.device.gpu == gpu and w.process.exit_reason is None
         ]
         state = self._guard.state(gpu)
+        reading = self._gauges.latest(state.info.uuid) if state.info.uuid else None
         return DeviceEvent(
             device=state.info,
             rows=state.rows,
@@ -404,6 +428,11 @@ class NodeAgent:
             busy_permille=busy.take(workers, self._clock.now_s()),
             observed_unix_ns=self._clock.unix_ns(),
             allocated_gpu_ns=allocation.gpu_ns,
+            measured_memory_bytes=reading.memory_used_bytes if reading is not None else None,
+            power_mw=reading.power_mw if reading is not None else None,
+            utilisation_pct=reading.busy_pct if reading is not None else None,
+            temperature_c=reading.temperature_c if reading is not None else None,
+            sm_clock_mhz=reading.sm_clock_mhz if reading is not None else None,
         )
 
 

@@ -11,6 +11,7 @@ from hasgpu.node_agent.v1 import node_agent_pb2_grpc
 from hasgpu_core.ports import Bus, Clock, ObjectStore
 from hasgpu_runtime.rpc import create_server
 from hasgpu_runtime.service import Service
+from hasgpu_runtime.settings import environment
 from hasgpu_runtime.tasks import end_task
 from hasgpu_runtime.telemetry import Telemetry
 
@@ -19,7 +20,7 @@ from hasgpu_node_agent.adapters.folders import NodeFolders
 from hasgpu_node_agent.adapters.launcher import ProcessLauncher
 from hasgpu_node_agent.adapters.workers import GrpcWorkerClient
 from hasgpu_node_agent.agent import NodeAgent
-from hasgpu_node_agent.devices import probe_devices
+from hasgpu_node_agent.hardware import Hardware, find_hardware
 from hasgpu_node_agent.row_guard import RowGuard
 from hasgpu_node_agent.server import NodeAgentServicer
 from hasgpu_node_agent.settings import AgentSettings
@@ -32,6 +33,8 @@ class Node:
 
     Args:
         settings: Of the agent.
+        folders: Of the node.
+        hardware: Its devices.
         listen: host:port of its service; port 0: a free one.
         advertise: What others dial, host:port or host alone; "": the address listened on.
         bus: Events.
@@ -48,6 +51,8 @@ class Node:
         self,
         settings: AgentSettings,
         *,
+        folders: NodeFolders,
+        hardware: Hardware,
         listen: str,
         advertise: str,
         bus: Bus,
@@ -57,8 +62,8 @@ class Node:
         spawn: Callable[[Coroutine[object, object, None]], object],
     ) -> None:
         self.settings = settings
-        self._folders = NodeFolders(settings.state_dir / settings.node)
-        devices = probe_devices(settings.node, settings.devices)
+        self._folders = folders
+        devices = hardware.devices
         for device in devices:
             log.info("%s is %s: %s", device.info.gpu, device.info.model, "; ".join(device.info.capabilities))
         self.server = create_server(address=listen, telemetry=telemetry)
@@ -70,6 +75,8 @@ class Node:
         self._launcher = ProcessLauncher(
             self._folders,
             {device.info.gpu: device.cores for device in devices},
+            profiles={device.info.gpu: device.profile_path for device in devices},
+            environment=hardware.environment,
             listen_host=listen_host,
             advertise_host=self.address.rpartition(":")[0],
         )
@@ -83,6 +90,8 @@ class Node:
             launcher=self._launcher,
             artifacts=ArtifactCache(store, self._folders.artifacts),
             client=self._client,
+            gpus=hardware.gpus,
+            gauges=hardware.gauges,
             spawn=spawn,
         )
         servicer = NodeAgentServicer(
@@ -102,10 +111,12 @@ class Node:
         await self.server.set_serving(False)
         if self.settings.stop_workers_on_exit:
             await self.agent.stop_workers()
+            await self.agent.watch.stop()
 
     async def close(self) -> None:
         """Lets go of everything; workers that still run serve on."""
         self.agent.let_go()
+        self.agent.watch.let_go()
         await self.server.stop()
 
     async def run(self) -> None:
@@ -113,6 +124,8 @@ class Node:
         with self._folders.locked():
             await self.server.start()
             try:
+                # Before any worker: one that finds no daemon would run without its limits.
+                await self.agent.watch.start()
                 await self.agent.run(self._ready)
             finally:
                 self._launcher.tidy()
@@ -122,8 +135,12 @@ class Node:
 
 async def serve(service: Service[AgentSettings]) -> None:
     """The body of the service: runs a node until the process is told to stop."""
+    folders = NodeFolders(service.settings.state_dir / service.settings.node)
+    hardware = await asyncio.to_thread(find_hardware, service.settings, folders, environment(), service.clock.now_s)
     node = Node(
         service.settings,
+        folders=folders,
+        hardware=hardware,
         listen=service.common.listen,
         advertise=service.common.advertise,
         bus=service.bus,

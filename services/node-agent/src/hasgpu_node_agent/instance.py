@@ -13,6 +13,7 @@ from hasgpu_node_agent.plan import ShareTarget
 from hasgpu_node_agent.ports import WorkerProcess
 from hasgpu_node_agent.pulse import Pulse
 from hasgpu_node_agent.row_guard import WorkerKey
+from hasgpu_node_agent.row_layout import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,14 @@ class Worker:
     row: int
     share: ShareTarget
     """In force."""
+    lease: Lease
+    """The SMs that it has confirmed to be bound by."""
     started_at_s: float
     state: InstanceState = InstanceState.LOADING
     address: str = ""
     pending: PendingShare | None = None
+    moves: list[tuple[int, Lease]] = field(default_factory=list)
+    """Epochs and SMs written since and not confirmed."""
     note: str = ""
     """What was odd when it became ready, in its own words."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -52,6 +57,36 @@ class Worker:
     """Why the agent killed it; empty: it did not."""
     reported_batches_count: int = 0
     """Batches at the last telemetry report."""
+
+    @property
+    def newest_lease(self) -> Lease:
+        """As last written."""
+        return self.moves[-1][1] if self.moves else self.lease
+
+    @property
+    def written(self) -> Allocation:
+        """The share last written."""
+        return self.pending.target.allocation if self.pending is not None else self.share.allocation
+
+    def possible_leases(self) -> tuple[Lease, ...]:
+        """Returns all that it may be bound by now, the newest last; to be asked after `settle_lease`."""
+        if self.process.applied_epoch() == 0:
+            # It has run nothing yet, and reads the newest share before it does.
+            return (self.newest_lease,)
+        return (self.lease, *(lease for _, lease in self.moves))
+
+    def settle_lease(self) -> None:
+        """Takes note of what the worker has confirmed."""
+        applied_epoch = self.process.applied_epoch() if self.moves else 0
+        while self.moves and self.moves[0][0] <= applied_epoch:
+            self.lease = self.moves.pop(0)[1]
+
+    @property
+    def told(self) -> str:
+        """What the device gives in place of what was asked for, in words; empty: it gives just that."""
+        asked_pct = self.share.allocation.sm_pct
+        given_pct = self.device.given_sm_pct(asked_pct)
+        return "" if given_pct == asked_pct else f"asked for {asked_pct} % of the SMs, the device gives {given_pct} %"
 
 
 @dataclass(slots=True)
@@ -81,6 +116,10 @@ class Instance:
     """Why no worker can be started now."""
     share_refusal: str = ""
     """Why the share can't be changed as asked now."""
+    fault: str = ""
+    """Name of the fault of its device by which the last worker ended; empty: none, or it was dealt with."""
+    is_held: bool = False
+    """Not started again before that was."""
     restarts_count: int = 0
     fetching: bool = False
     observations: tuple[BatchObservation, ...] = ()
@@ -101,8 +140,9 @@ class Instance:
     @property
     def reason(self) -> str:
         """What stands in the way, in words; empty: nothing."""
-        note = self.current.note if self.current is not None else ""
-        return "; ".join(dict.fromkeys(r for r in (self.failure, self.refusal, self.share_refusal, note) if r))
+        worker = self.current
+        of_worker = (worker.note, worker.told) if worker is not None else ()
+        return "; ".join(dict.fromkeys(r for r in (self.failure, self.refusal, self.share_refusal, *of_worker) if r))
 
     def event(self, *, node: str, device_model: str, plan_revision: int, unix_ns: int) -> InstanceEvent:
         """Returns what the instance's subject should say. `device_model` is used while there is no worker."""

@@ -10,8 +10,11 @@ from typing import Protocol
 from hasgpu_core.events import BatchObservation, FunctionEvent
 from hasgpu_core.function import FunctionSpec
 from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
+from hasgpu_device.backends.cuda.mps import MpsHealth
+from hasgpu_device.backends.cuda.nvml import Telemetry
 
 from hasgpu_node_agent.row_guard import WorkerKey
+from hasgpu_node_agent.row_layout import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class LaunchRequest:
     device: DeviceInfo
     row: int
     allocation: Allocation
+    lease: Lease
+    """The SMs that it begins with."""
     allocation_revision: int
     artifact: Path
     """The folder of the unpacked artifact."""
@@ -81,12 +86,21 @@ class WorkerProcess(Protocol):
         """None while it runs; else how it ended, in words."""
         ...
 
+    @property
+    def has_device_fault(self) -> bool:
+        """Whether it ended because the device failed under it (`hasgpu_device.status.EXIT_DEVICE_FAULT`)."""
+        ...
+
     def status(self) -> WorkerStatus | None:
         """Returns what it last said; None: nothing yet."""
         ...
 
-    def write_share(self, allocation: Allocation) -> int:
-        """Writes a share into the control block; returns the epoch that the worker will confirm."""
+    def write_share(self, allocation: Allocation, lease: Lease) -> int:
+        """Writes a share and its SMs into the control block; returns the epoch that the worker will confirm."""
+        ...
+
+    def written_lease(self) -> tuple[Lease, int]:
+        """Returns the SMs last written and their epoch; for a worker that an earlier agent started."""
         ...
 
     def note_share(self, allocation: Allocation, revision: int) -> None:
@@ -210,3 +224,80 @@ class Artifacts(Protocol):
     async def sweep(self) -> None:
         """Deletes what `prune` took away."""
         ...
+
+
+class Gpu(Protocol):
+    """A GPU and the daemon by which it is shared.
+
+    Methods block, if not said otherwise: they are called in a thread of the GPU's own, one at a time.
+    """
+
+    info: DeviceInfo
+
+    def look(self) -> MpsHealth | None:
+        """Returns how the daemon is; None: the GPU is shared without one."""
+        ...
+
+    def start_daemon(self, timeout_s: float) -> None:
+        """Starts the daemon and its server, or adopts the one that runs. Raises MpsError."""
+        ...
+
+    def quit_daemon(self, timeout_s: float) -> None:
+        """Ends the daemon, if there is one; after its clients."""
+        ...
+
+    def let_go(self) -> None:
+        """Leaves the daemon running for the next agent; does not block."""
+        ...
+
+    def terminate_client(self, pid: int, timeout_s: float) -> bool:
+        """Ends a worker's work on the GPU, so that it may be killed; False: it has none there. Raises MpsError."""
+        ...
+
+    def prepare(self, row: int, width_pct: int) -> None:
+        """Makes what a worker in a row needs ahead. Raises MpsError."""
+        ...
+
+    def is_prepared(self, row: int, width_pct: int) -> bool:
+        """Whether `prepare` has nothing left to do; does not block."""
+        ...
+
+
+class Gauges(Protocol):
+    """What the driver measures of the node's GPUs."""
+
+    def latest(self, uuid: str) -> Telemetry | None:
+        """Returns the last reading; None: there is none. One whose health is UNKNOWN: the driver does not answer."""
+        ...
+
+    async def refresh(self) -> None:
+        """Reads all GPUs anew; returns at once while an earlier reading has not come back."""
+        ...
+
+
+class Sites(Protocol):
+    """Whether workers can be started on a device now."""
+
+    def hindrance(self, gpu: str, row: int, width_pct: int) -> Hindrance | None:
+        """Returns what stands in the way of a worker there; None: nothing. May begin to clear it away."""
+        ...
+
+    def ended(self, gpu: str) -> None:
+        """A worker on the device has ended by itself, or gives no sign of life: the device is worth a look."""
+        ...
+
+    async def before_kill(self, gpu: str, pid: int) -> None:
+        """Ends a worker's work on the device, without which it must not be killed; nothing to do on most devices."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hindrance:
+    """Why no worker can be started on a device now."""
+
+    reason: str
+    """In words."""
+    is_failure: bool = False
+    """The device has failed, and what was to run there with it."""
+    lacks_room: bool = False
+    """Only the end of another worker can help; otherwise it is a matter of waiting."""

@@ -1,7 +1,11 @@
 """Profiling runs: measures a function's latency over batch, SM share and quota with a worker of its own.
 
 The worker runs beside the rows behind a gate of its own. All (batch, SM) pairs are measured at the whole quota; smaller
-quotas, batch 1 first, while the budget lasts.
+quotas, batch 1 first, while the budget lasts. An order may instead name its configurations (those that an earlier run
+left out): they are measured in the same order, and the budget is then never overrun by more than one measurement.
+
+At a smaller quota an instance that was idle has up to a window's worth of device time in its bucket, so short batches
+run undisturbed at first. Such a point is repeated until its bucket has long been empty.
 """
 
 from __future__ import annotations
@@ -9,20 +13,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hasgpu_core.errors import HasgpuError, InvalidError, ModelError, UnavailableError
 from hasgpu_core.events import FunctionEvent
 from hasgpu_core.function import FunctionSpec
 from hasgpu_core.ports import Clock
 from hasgpu_core.resources import WHOLE_PERMILLE, Allocation, DeviceInfo, InstanceState
+from hasgpu_device.control import DEFAULT_WINDOW_NS
 
 from hasgpu_node_agent.errors import ProfileError
+from hasgpu_node_agent.places import alone
 from hasgpu_node_agent.ports import Artifacts, Launcher, LaunchRequest, Measurement, WorkerClient, WorkerProcess
 from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
+from hasgpu_node_agent.shares import changes_sms_live
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +39,9 @@ DEFAULT_BUDGET_S = 8.0
 LONGEST_BUDGET_S = 600.0
 DEFAULT_QUOTAS_PERMILLE = (1_000, 500, 200)
 REPETITIONS = 12
+MOST_REPETITIONS = 1_000
+DRAINED_FACTOR = 4
+"""So many times the repetitions that empty the bucket are made, so that the median is one of those after it."""
 FULL_QUOTA_SHARE = 0.7
 """Part of the budget that the whole-quota points may take together."""
 LOAD_TIMEOUT_S = 300.0
@@ -69,16 +81,24 @@ class ProfileOrder:
     batches: Sequence[int] = ()
     sm_pcts: Sequence[int] = ()
     quotas_permille: Sequence[int] = ()
+    configurations: Sequence[Configuration] = ()
+    """If any, exactly these; the three above are empty then."""
 
     def validate(self) -> None:
         """Raises InvalidError, naming the field, the bound and what came."""
         self.spec.validate()
+        if self.configurations and (self.batches or self.sm_pcts or self.quotas_permille):
+            raise InvalidError("configurations", expected="no batches, sm_pcts or quotas_permille beside", got="both")
         if not 0 < self.budget_s <= LONGEST_BUDGET_S:
             raise InvalidError("budget_ms", expected=f"1..{LONGEST_BUDGET_S * 1e3:.0f}", got=f"{self.budget_s * 1e3}")
+        named = self.configurations
         for name, values, high in (
             ("batches", self.batches, self.spec.max_batch),
             ("sm_pcts", self.sm_pcts, 100),
             ("quotas_permille", self.quotas_permille, WHOLE_PERMILLE),
+            ("configurations.batch", [c.batch for c in named], self.spec.max_batch),
+            ("configurations.sm_pct", [c.sm_pct for c in named], 100),
+            ("configurations.quota_permille", [c.quota_permille for c in named], WHOLE_PERMILLE),
         ):
             for value in values:
                 if not 1 <= value <= high:
@@ -106,9 +126,14 @@ def ends_first(values: Sequence[int]) -> list[int]:
 
 def configurations(order: ProfileOrder, device: DeviceInfo) -> tuple[list[Configuration], list[Configuration]]:
     """Returns what to measure at the whole quota and what at smaller ones, each the most informative first."""
-    batches = ends_first(order.batches or batch_ladder(order.spec.max_batch))
-    sm_pcts = ends_first([-sm for sm in (order.sm_pcts or device.sm_rungs_pct)])
-    quotas = sorted(set(order.quotas_permille or DEFAULT_QUOTAS_PERMILLE), reverse=True)
+    named = set(order.configurations)
+    if len(named) > MAX_POINTS:
+        raise InvalidError("points", expected=f"at most {MAX_POINTS}", got=str(len(named)))
+    batches = ends_first([c.batch for c in named] or order.batches or batch_ladder(order.spec.max_batch))
+    sm_pcts = ends_first([-sm for sm in ([c.sm_pct for c in named] or order.sm_pcts or device.sm_rungs_pct)])
+    quotas = sorted(
+        {c.quota_permille for c in named} or set(order.quotas_permille or DEFAULT_QUOTAS_PERMILLE), reverse=True
+    )
     pairs = sorted(
         itertools.product(range(len(batches)), range(len(sm_pcts))), key=lambda pair: (pair[0] + pair[1], pair[1])
     )
@@ -120,9 +145,32 @@ def configurations(order: ProfileOrder, device: DeviceInfo) -> tuple[list[Config
         if quota < WHOLE_PERMILLE
         for sm in sm_pcts
     ]
+    if named:
+        return [c for c in whole if c in named], [c for c in smaller if c in named]
     if len(whole) + len(smaller) > MAX_POINTS:
         raise InvalidError("points", expected=f"at most {MAX_POINTS}", got=str(len(whole) + len(smaller)))
     return whole, smaller
+
+
+def repetitions(quota_permille: int, whole: Measurement | None) -> int:
+    """Returns how often a batch is run for a point.
+
+    Args:
+        quota_permille: Of the point.
+        whole: The same batch on the same SMs at the whole quota; None: not known, then it runs as often as the point's
+            budget allows.
+    """
+    if quota_permille >= WHOLE_PERMILLE:
+        return REPETITIONS
+    if whole is None:
+        return MOST_REPETITIONS
+    quota = quota_permille / WHOLE_PERMILLE
+    # The bucket holds quota * window. While batches run undisturbed it is filled too, at the quota.
+    spent_ns = whole.device_time_ns - quota * max(whole.latency_ns, whole.device_time_ns)
+    if spent_ns <= 0:
+        # The host between the batches leaves the device idle for so long that the quota does not bind.
+        return REPETITIONS
+    return min(MOST_REPETITIONS, REPETITIONS + math.ceil(DRAINED_FACTOR * quota * DEFAULT_WINDOW_NS / spent_ns))
 
 
 class Profiler:
@@ -183,30 +231,48 @@ class Profiler:
         async with lock:
             yield "fetching the artifact"
             artifact = await self._artifacts.fetch(order.spec)
-            request = LaunchRequest(
-                key=WorkerKey(f"{order.spec.name}.profile", next(self._runs)),
-                function=FunctionEvent(spec=order.spec, revision=0, updated_unix_ns=0),
-                device=device,
-                row=0,
-                allocation=_allocation(order.spec, whole[0]),
-                allocation_revision=0,
-                artifact=artifact,
-                profiling=True,
-            )
-            try:
-                process = self._launcher.launch(request, lambda: None)
-            except OSError as error:
-                raise ProfileError(f"the profiling worker can't be started: {error}") from error
-            self.processes[request.key] = process
-            try:
-                yield "loading"
-                address = await self._ready(process)
-                async with aclosing(self._measure_all(order, process, address, whole, smaller)) as measured:
-                    async for found in measured:
-                        yield found
-            finally:
-                # The caller may have gone: the clearing away has an owner of its own.
-                self._spawn(self._dispose(request.key, process))
+            total = len(whole) + len(smaller)
+            for part in _parts(device, whole, smaller):
+                share = replace(order, budget_s=order.budget_s * (len(part[0]) + len(part[1])) / total)
+                async with aclosing(self._run_part(share, device, artifact, *part)) as found:
+                    async for step in found:
+                        yield step
+
+    async def _run_part(
+        self,
+        order: ProfileOrder,
+        device: DeviceInfo,
+        artifact: Path,
+        whole: Sequence[Configuration],
+        smaller: Sequence[Configuration],
+    ) -> AsyncGenerator[Point | str, None]:
+        """Measures with one worker."""
+        first = _allocation(order.spec, [*whole, *smaller][0])
+        request = LaunchRequest(
+            key=WorkerKey(f"{order.spec.name}.profile", next(self._runs)),
+            function=FunctionEvent(spec=order.spec, revision=0, updated_unix_ns=0),
+            device=device,
+            row=0,
+            allocation=first,
+            lease=alone(device, first),
+            allocation_revision=0,
+            artifact=artifact,
+            profiling=True,
+        )
+        try:
+            process = self._launcher.launch(request, lambda: None)
+        except OSError as error:
+            raise ProfileError(f"the profiling worker can't be started: {error}") from error
+        self.processes[request.key] = process
+        try:
+            yield "loading"
+            address = await self._ready(process)
+            async with aclosing(self._measure_all(order, process, address, whole, smaller)) as measured:
+                async for found in measured:
+                    yield found
+        finally:
+            # The caller may have gone: the clearing away has an owner of its own.
+            self._spawn(self._dispose(request.key, process))
 
     async def _ready(self, process: WorkerProcess) -> str:
         until_s = self._clock.now_s() + LOAD_TIMEOUT_S
@@ -232,28 +298,42 @@ class Profiler:
     ) -> AsyncGenerator[Point | str, None]:
         begun_s = self._clock.now_s()
         total = len(whole) + len(smaller)
-        each_s = order.budget_s * FULL_QUOTA_SHARE / len(whole)
+        known: dict[tuple[int, int], Measurement] = {}
+        each_s = order.budget_s * FULL_QUOTA_SHARE / max(1, len(whole))
+        overrun_s = 0.0 if order.configurations else order.budget_s
         for done, configuration in enumerate((*whole, *smaller), start=1):
             left_s = begun_s + order.budget_s - self._clock.now_s()
             is_whole = configuration.quota_permille == WHOLE_PERMILLE
             # What is known at the whole quota carries all else, so it may overrun the budget once.
-            if left_s <= 0 and (not is_whole or left_s <= -order.budget_s):
+            if left_s <= 0 and (not is_whole or left_s <= -overrun_s):
                 yield f"the budget of {order.budget_s:g} s is used up: {done - 1} of {total} measured"
                 return
             yield f"{configuration}: {done} of {total}"
             budget_s = each_s if is_whole else max(0.0, min(left_s, order.budget_s / max(1, len(smaller)) * 2))
-            yield await self._measure(order, process, address, configuration, budget_s)
+            place = configuration.batch, configuration.sm_pct
+            count = repetitions(configuration.quota_permille, known.get(place))
+            point = await self._measure(order, process, address, configuration, count, budget_s)
+            if is_whole:
+                known[place] = point.measurement
+            yield point
 
     async def _measure(
-        self, order: ProfileOrder, process: WorkerProcess, address: str, configuration: Configuration, budget_s: float
+        self,
+        order: ProfileOrder,
+        process: WorkerProcess,
+        address: str,
+        configuration: Configuration,
+        repetitions_count: int,
+        budget_s: float,
     ) -> Point:
-        epoch = process.write_share(_allocation(order.spec, configuration))
+        allocation = _allocation(order.spec, configuration)
+        epoch = process.write_share(allocation, alone(self._guard.device(order.gpu), allocation))
         until_s = self._clock.now_s() + APPLY_TIMEOUT_S
         while process.applied_epoch() < epoch and process.exit_reason is None and self._clock.now_s() < until_s:
             await self._clock.sleep(APPLY_PERIOD_S)
         try:
             measurement = await self._client.measure(
-                address, batch=configuration.batch, repetitions_count=REPETITIONS, budget_s=budget_s
+                address, batch=configuration.batch, repetitions_count=repetitions_count, budget_s=budget_s
             )
         except HasgpuError as error:
             status = process.status()
@@ -273,6 +353,16 @@ class Profiler:
         process.remove()
         self._launcher.forget(key.instance, profiling=True)
         self.processes.pop(key, None)
+
+
+def _parts(
+    device: DeviceInfo, whole: Sequence[Configuration], smaller: Sequence[Configuration]
+) -> list[tuple[list[Configuration], list[Configuration]]]:
+    """Splits what is to be measured by worker: where SMs are fixed at a worker's start, one an SM share."""
+    if changes_sms_live(device):
+        return [(list(whole), list(smaller))]
+    sm_pcts = dict.fromkeys(c.sm_pct for c in (*whole, *smaller))
+    return [([c for c in whole if c.sm_pct == sm], [c for c in smaller if c.sm_pct == sm]) for sm in sm_pcts]
 
 
 def _allocation(spec: FunctionSpec, configuration: Configuration) -> Allocation:

@@ -10,16 +10,16 @@ stopping a worker) runs beside it and wakes the next pass. A pass may be repeate
 | worker silent or loading for too long | kill it; it counts as ended |
 | worker ended | FAILED with the reason; start again after a back-off |
 | other artifact, GPU or row planned | start a successor, or drain first where there is no room for both |
+| other SM share wanted, where it can't change live | likewise; a successor under way is let finish first |
 | successor ready | show it, drain the old one |
 | not planned | show DRAINING, drain, stop, delete its subject |
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Protocol
+import re
+from collections.abc import Callable, Collection, Coroutine, Mapping
 
 from hasgpu_core.errors import CapacityError, HasgpuError, InvalidError, NotFoundError
 from hasgpu_core.events import FunctionEvent, PlanEvent, PlannedInstance, VerticalScaleEvent
@@ -27,37 +27,19 @@ from hasgpu_core.ports import Clock
 from hasgpu_core.resources import InstanceState
 
 from hasgpu_node_agent.instance import Instance, Worker
+from hasgpu_node_agent.places import adopt_lease
 from hasgpu_node_agent.plan import PlanFence, ShareTarget, load_digest, share_target
-from hasgpu_node_agent.ports import Adopted, Artifacts, Launcher, LaunchRequest, WorkerClient
+from hasgpu_node_agent.ports import Adopted, Artifacts, Launcher, LaunchRequest, Sites, WorkerClient
 from hasgpu_node_agent.pulse import allowed_silence_s
+from hasgpu_node_agent.retirer import Publisher, Retirer
 from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
-from hasgpu_node_agent.shares import ShareApplier, takes_alive
+from hasgpu_node_agent.row_layout import WHOLE, Lease
+from hasgpu_node_agent.shares import ShareApplier, takes_alive, workers_that_run
 
 log = logging.getLogger(__name__)
 
-DRAIN_NOTICE_S = 0.3
-"""Gateways stop sending within this time after DRAINING was published."""
-DRAIN_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 300.0
 """A worker that is not ready by then is taken for hung."""
-TERMINATE_TIMEOUT_S = 5.0
-"""Between SIGTERM and SIGKILL."""
-
-
-class Publisher(Protocol):
-    """Tells others of instances."""
-
-    def mark(self, instance: str) -> None:
-        """The instance changed; its subject is written soon."""
-        ...
-
-    async def flush(self, instance: str) -> None:
-        """Writes the instance's subject now; returns when that is done, or after a bound when the bus is away."""
-        ...
-
-    def gone(self, function: str, instance: str) -> None:
-        """The instance went for good; its subject is deleted soon."""
-        ...
 
 
 class Reconciler:
@@ -72,6 +54,7 @@ class Reconciler:
         client: WorkerClient,
         publisher: Publisher,
         shares: ShareApplier,
+        sites: Sites,
         clock: Clock,
         spawn: Callable[[Coroutine[object, object, None]], object],
         poke: Callable[[], None],
@@ -82,6 +65,9 @@ class Reconciler:
         self._client = client
         self._publisher = publisher
         self._shares = shares
+        self._sites = sites
+        self.retirer = Retirer(guard=guard, client=client, publisher=publisher, sites=sites, clock=clock, poke=poke)
+        """Ends the workers that leave."""
         self._clock = clock
         self._spawn = spawn
         self._poke = poke
@@ -181,8 +167,10 @@ class Reconciler:
             device=self._guard.device(record.gpu),
             row=record.row,
             share=ShareTarget(record.allocation, record.allocation_revision),
+            lease=WHOLE,
             started_at_s=self._clock.now_s(),
         )
+        adopt_lease(worker)
         instance.generation = max(instance.generation, record.key.generation)
         try:
             self._guard.reserve(worker.key, record.gpu, record.row, record.allocation)
@@ -223,8 +211,9 @@ class Reconciler:
     def reconcile(self) -> bool:
         """Makes one pass; returns whether a worker's confirmation of its share is awaited."""
         self._match_plan()
+        self._shares.places.begin_pass()
         now_s = self._clock.now_s()
-        for instance in list(self.instances.values()):
+        for instance in self.in_order():
             try:
                 self._observe(instance, now_s)
                 if instance.planned is not None:
@@ -238,7 +227,17 @@ class Reconciler:
 
     def step_shares(self) -> bool:
         """The part of a pass that applies shares; returns whether a confirmation is awaited."""
-        return self._shares.step(self.instances.values())
+        awaited = self._shares.step(self.instances.values())
+        if not awaited and self._shares.places.awaited:
+            # The others have moved: a worker that waited for its place can be started.
+            self._poke()
+        return awaited
+
+    def in_order(self) -> list[Instance]:
+        """All instances, in the order of the plan, those that it does not have first: what they hold may be needed."""
+        plan = self._fence.plan
+        order = {p.instance: number for number, p in enumerate(plan.instances if plan is not None else ())}
+        return sorted(self.instances.values(), key=lambda i: order.get(i.instance, -1))
 
     def _match_plan(self) -> None:
         plan = self._fence.plan
@@ -296,7 +295,11 @@ class Reconciler:
         if not worker.killed_because:
             log.warning("%s (pid %d) is killed: %s", instance.instance, worker.process.pid, reason)
             worker.killed_because = reason
-        worker.process.kill()
+        if worker.device.uuid:
+            # With work on a GPU, a client is terminated before it is killed: its device's supervisor does both.
+            self._sites.ended(worker.device.gpu)
+        else:
+            worker.process.kill()
 
     def _revision_for(self, worker: Worker) -> int:
         """The newest revision of its function that the worker serves as well as the one it was started for."""
@@ -326,6 +329,10 @@ class Reconciler:
         status = worker.process.status()
         said = status.reason if status is not None and status.state is InstanceState.FAILED else ""
         reason = said or worker.killed_because or f"its worker {ended}"
+        if worker.device.uuid:
+            instance.fault = fault_name(reason) if worker.process.has_device_fault else ""
+            instance.is_held = bool(instance.fault)
+            self._sites.ended(worker.device.gpu)
         self._guard.release(worker.key)
         worker.process.remove()
         instance.last_share = worker.share
@@ -346,7 +353,8 @@ class Reconciler:
 
     def _bring_up(self, instance: Instance, planned: PlannedInstance, now_s: float) -> None:
         current, successor = instance.current, instance.successor
-        if successor is not None and self._outdated(successor, planned):
+        # A successor with yesterday's SM share takes over all the same: shares may change faster than workers load.
+        if successor is not None and self._is_other(successor, planned):
             instance.successor = None
             self._leave(instance, successor)
             successor = None
@@ -359,21 +367,23 @@ class Reconciler:
         if current is None:
             if successor is None:
                 instance.current = self._launch(instance, planned, now_s)
-        elif successor is None and self._outdated(current, planned) and self._can_replace(instance, planned, now_s):
+        elif (
+            successor is None
+            and (self._is_other(current, planned) or _wants_other_sms(instance, planned, current))
+            and self._can_replace(instance, planned, now_s)
+        ):
             instance.successor = self._launch(instance, planned, now_s)
             if instance.successor is None and instance.refusal and not self.draining:
                 log.info("%s is replaced without overlap: %s", instance.instance, instance.refusal)
                 instance.current = None
                 self._leave(instance, current)
 
-    def _outdated(self, worker: Worker, planned: PlannedInstance) -> bool:
-        """Whether a worker must be replaced to follow the plan or its function."""
+    def _is_other(self, worker: Worker, planned: PlannedInstance) -> bool:
+        """Whether a worker loaded something else, or runs elsewhere, than the plan or its function say by now."""
         event = self._functions.get(planned.function)
         if event is not None and load_digest(event.spec) != worker.load_digest:
             return True
-        if (worker.device.gpu, worker.row) != (planned.gpu, planned.row):
-            return True
-        return not takes_alive(worker, planned.allocation)
+        return (worker.device.gpu, worker.row) != (planned.gpu, planned.row)
 
     def _can_replace(self, instance: Instance, planned: PlannedInstance, now_s: float) -> bool:
         """Whether all that a successor needs is here, but perhaps room; otherwise the present worker stays."""
@@ -393,6 +403,9 @@ class Reconciler:
         if event is None:
             self._refuse(instance, f"function {planned.function!r} is not known here yet")
             return None
+        if instance.is_held:
+            # Its failure says why.
+            return None
         if instance.backoff.wait_s(now_s) > 0 or not self._artifact_here(instance, event):
             return None
         artifact = self._artifacts.unpacked(event.spec)
@@ -408,12 +421,17 @@ class Reconciler:
             # While its former worker leaves, the room that lacks may be its own.
             self._refuse(instance, "" if instance.leaving else str(error))
             return None
+        lease = self._site(instance, key)
+        if lease is None:
+            self._guard.release(key)
+            return None
         request = LaunchRequest(
             key=key,
             function=event,
             device=self._guard.device(planned.gpu),
             row=planned.row,
             allocation=target.allocation,
+            lease=lease,
             allocation_revision=target.revision,
             artifact=artifact,
         )
@@ -438,8 +456,28 @@ class Reconciler:
             device=request.device,
             row=planned.row,
             share=target,
+            lease=lease,
             started_at_s=now_s,
         )
+
+    def _site(self, instance: Instance, key: WorkerKey) -> Lease | None:
+        """Returns the SMs with which a worker that has a reservation may begin; None: its device is not ready for it.
+
+        A worker that the instance has already serves on meanwhile.
+        """
+        reserved = self._guard.get(key)
+        assert reserved is not None, "reserved just now"
+        hindrance = self._sites.hindrance(reserved.gpu, reserved.row, reserved.width_pct)
+        if hindrance is not None:
+            if hindrance.is_failure and instance.failure != hindrance.reason:
+                self._note_failure(instance, hindrance.reason)
+            elif not hindrance.is_failure and (hindrance.lacks_room or instance.current is None):
+                self._refuse(instance, hindrance.reason)
+            return None
+        lease = self._shares.places.find(key, workers_that_run(self.instances.values()))
+        if lease is None and instance.current is None:
+            self._refuse(instance, f"the rows of {reserved.gpu} are moved together to make room")
+        return lease
 
     def _artifact_here(self, instance: Instance, event: FunctionEvent) -> bool:
         if self._artifacts.unpacked(event.spec) is not None:
@@ -457,6 +495,10 @@ class Reconciler:
         finally:
             instance.fetching = False
             self._poke()
+
+    def _note_failure(self, instance: Instance, reason: str) -> None:
+        instance.failure = reason
+        self._publisher.mark(instance.instance)
 
     def _failed(self, instance: Instance, reason: str) -> None:
         instance.failure = reason
@@ -487,39 +529,53 @@ class Reconciler:
         """Sends a worker off in the background; its share stays reserved until it has ended."""
         instance.leaving.append(worker)
         instance.last_share = worker.share
-        self._spawn(self._retire(instance, worker))
+        self._spawn(self.retirer.retire(instance, worker))
 
-    async def _retire(self, instance: Instance, worker: Worker) -> None:
-        if worker.state is InstanceState.READY and worker.process.exit_reason is None:
-            worker.state = InstanceState.DRAINING
-            await self._publisher.flush(instance.instance)
-            await self._clock.sleep(DRAIN_NOTICE_S)
-            try:
-                lost_count = await self._client.drain(worker.address, DRAIN_TIMEOUT_S)
-                if lost_count:
-                    log.warning("%s: %d batches were cut off by the drain's time-out", instance.instance, lost_count)
-            except HasgpuError as error:
-                log.warning("%s could not be drained: %s", instance.instance, error)
-        await stop_worker(worker, self._clock)
-        self._guard.release(worker.key)
-        worker.process.remove()
-        if worker.address:
-            await self._client.forget(worker.address)
-        instance.leaving.remove(worker)
-        self._publisher.mark(instance.instance)
-        self._poke()
+    def evict(self, gpu: str, names: Collection[str], reason: str) -> list[tuple[Instance, Worker]]:
+        """Takes workers off a device that failed; the caller ends them, and then calls `Retirer.clear_away`.
+
+        Their instances are FAILED for the reason, and start again as soon as the device takes workers.
+
+        Args:
+            gpu: The device.
+            names: Of the instances.
+            reason: In words.
+
+        Returns:
+            Those that have to be ended, those that were about to leave anyway included.
+        """
+        found: list[tuple[Instance, Worker]] = []
+        for instance in self.instances.values():
+            if instance.instance not in names:
+                continue
+            here = [worker for worker in instance.workers() if worker.device.gpu == gpu]
+            for worker in here:
+                instance.leaving.append(worker)
+                instance.last_share = worker.share
+            if instance.current in here:
+                instance.current = None
+                instance.restarts_count += 1
+                self._note_failure(instance, instance.leaving[-1].killed_because or reason)
+            if instance.successor in here:
+                instance.successor = None
+            found += [(instance, worker) for worker in here]
+        return found
+
+    def resume(self, name: str) -> None:
+        """Lets an instance that a fault ended be started again."""
+        instance = self.instances.get(name)
+        if instance is not None and (instance.is_held or instance.fault):
+            instance.is_held, instance.fault = False, ""
+            self._poke()
 
 
-async def stop_worker(worker: Worker, clock: Clock) -> None:
-    """Ends a worker process: SIGTERM, and SIGKILL when that is not heeded in time."""
-    ended = asyncio.ensure_future(worker.process.wait())
-    try:
-        worker.process.terminate()
-        timer = asyncio.ensure_future(clock.sleep(TERMINATE_TIMEOUT_S))
-        await asyncio.wait({ended, timer}, return_when=asyncio.FIRST_COMPLETED)
-        timer.cancel()
-        if worker.process.exit_reason is None:
-            worker.process.kill()
-            await ended
-    finally:
-        ended.cancel()
+def _wants_other_sms(instance: Instance, planned: PlannedInstance, worker: Worker) -> bool:
+    """Whether a newer share has an SM part that a running worker can't be brought to."""
+    target = share_target(planned, instance.vertical)
+    return target.revision > worker.share.revision and not takes_alive(worker, target.allocation)
+
+
+def fault_name(reason: str) -> str:
+    """Returns the name of the fault with which a worker's status begins ("CUDA_ERROR_ILLEGAL_ADDRESS (700): ...")."""
+    found = re.match(r"[A-Z][A-Z0-9_]+(?=[ :])", reason)
+    return found[0] if found else "CUDA_ERROR_UNKNOWN"

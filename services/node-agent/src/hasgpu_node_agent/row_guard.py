@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hasgpu_core.errors import CapacityError, NotFoundError
 from hasgpu_core.function import MIB
-from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceInfo, DeviceState, Row
+from hasgpu_core.resources import (
+    WHOLE_PCT,
+    WHOLE_PERMILLE,
+    Allocation,
+    DeviceHealth,
+    DeviceInfo,
+    DeviceState,
+    Row,
+)
+
+from hasgpu_node_agent.row_layout import fits, unit_pct
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +36,28 @@ class Reservation:
     gpu: str
     row: int
     allocation: Allocation
+    """As asked for."""
+    width_pct: int
+    """Share of the SMs that the device gives for it."""
+
+    @property
+    def gpu_share(self) -> float:
+        """The part of the device that it takes: the SM share given times requested time, 0..1."""
+        return self.width_pct / WHOLE_PCT * self.allocation.request_permille / WHOLE_PERMILLE
 
 
 class RowGuard:
-    """Reservations of all workers of a node.
+    """Reservations of all workers of a node, and what their devices are.
 
-    A row is as wide as the widest of its reservations. The invariants, at all times: the requests of a row add up to at
-    most 1000 per mille, the rows of a device to at most 100 % of its SMs, the memory to at most what it has.
+    A row is as wide as the widest of its reservations, each of which counts with the SM share that the device gives for
+    it. The invariants, at all times: the requests of a row add up to at most 1000 per mille, the rows of a device fit
+    beside each other, the memory adds up to at most what it has.
     """
 
     def __init__(self, devices: Sequence[DeviceInfo]) -> None:
         self._devices = {device.gpu: device for device in devices}
         self._reservations: dict[WorkerKey, Reservation] = {}
+        self._versions = dict.fromkeys(self._devices, 0)
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
@@ -49,6 +69,18 @@ class RowGuard:
         if gpu not in self._devices:
             raise NotFoundError("device", gpu, f"this node has {', '.join(self._devices) or 'none'}")
         return self._devices[gpu]
+
+    def set_health(self, gpu: str, health: DeviceHealth, reason: str) -> bool:
+        """Notes how a device is; returns whether that is news. Raises NotFoundError."""
+        present = self.device(gpu)
+        if (present.health, present.health_reason) == (health, reason):
+            return False
+        self._devices[gpu] = replace(present, health=health, health_reason=reason)
+        return True
+
+    def version(self, gpu: str) -> int:
+        """Returns a number that grows whenever the widths of a device's rows may have changed."""
+        return self._versions[gpu]
 
     def get(self, key: WorkerKey) -> Reservation | None:
         """Returns a worker's reservation, or None."""
@@ -63,8 +95,13 @@ class RowGuard:
             InvalidError: the allocation can't be.
         """
         allocation.validate()
-        self._check(key, gpu, row, allocation)
-        self._reservations[key] = Reservation(gpu=gpu, row=row, allocation=allocation)
+        width_pct = self.device(gpu).given_sm_pct(allocation.sm_pct)
+        self._check(key, gpu, row, allocation, width_pct)
+        present = self._reservations.get(key)
+        if present is None or (present.gpu, present.row, present.width_pct) != (gpu, row, width_pct):
+            self._changed(present)
+            self._versions[gpu] += 1
+        self._reservations[key] = Reservation(gpu=gpu, row=row, allocation=allocation, width_pct=width_pct)
 
     def resize(self, key: WorkerKey, allocation: Allocation) -> None:
         """Changes a reservation; raises as `reserve` does, and NotFoundError when the worker has none."""
@@ -75,7 +112,11 @@ class RowGuard:
 
     def release(self, key: WorkerKey) -> None:
         """Gives a reservation back; a worker without one is ignored."""
-        self._reservations.pop(key, None)
+        self._changed(self._reservations.pop(key, None))
+
+    def _changed(self, former: Reservation | None) -> None:
+        if former is not None:
+            self._versions[former.gpu] += 1
 
     def rows(self, gpu: str) -> tuple[Row, ...]:
         """Returns the rows in use, by index."""
@@ -88,9 +129,9 @@ class RowGuard:
 
     def gpu_share(self, gpu: str) -> float:
         """Returns the part of the device that is reserved: the sum of SM share times request, 0..1."""
-        return sum(r.allocation.gpu_share for r in self._reservations.values() if r.gpu == gpu)
+        return sum(r.gpu_share for r in self._reservations.values() if r.gpu == gpu)
 
-    def _check(self, key: WorkerKey, gpu: str, row: int, allocation: Allocation) -> None:
+    def _check(self, key: WorkerKey, gpu: str, row: int, allocation: Allocation, width_pct: int) -> None:
         info = self.device(gpu)
         others = [r for other, r in self._reservations.items() if other != key and r.gpu == gpu]
         rows = {r.index: r for r in _rows(others)}
@@ -99,11 +140,16 @@ class RowGuard:
             raise CapacityError(
                 f"row {row} of {gpu} has {present.free_permille} ‰ free, {allocation.request_permille} ‰ were asked for"
             )
-        elsewhere_pct = sum(r.sm_pct for r in rows.values() if r.index != row)
-        if elsewhere_pct + max(present.sm_pct, allocation.sm_pct) > WHOLE_PCT:
+        elsewhere = [r.sm_pct for r in rows.values() if r.index != row]
+        asked = f"{allocation.sm_pct} % were asked for"
+        if width_pct != allocation.sm_pct:
+            asked += f", which takes {width_pct} %"
+        if sum(elsewhere) + max(present.sm_pct, width_pct) > WHOLE_PCT:
+            raise CapacityError(f"{gpu} has {WHOLE_PCT - sum(elsewhere)} % of its SMs free for row {row}, {asked}")
+        if not fits((*elsewhere, max(present.sm_pct, width_pct)), unit_pct(info)):
             raise CapacityError(
-                f"{gpu} has {WHOLE_PCT - elsewhere_pct} % of its SMs free for row {row}, "
-                f"{allocation.sm_pct} % were asked for"
+                f"row {row} finds no place on {gpu}, where rows begin at multiples of {unit_pct(info)} % and "
+                f"{', '.join(map(str, elsewhere))} % are taken: {asked}"
             )
         free_bytes = info.memory_bytes - sum(r.allocation.memory_bytes for r in others)
         if allocation.memory_bytes > free_bytes:
@@ -116,6 +162,6 @@ def _rows(reservations: Iterable[Reservation]) -> tuple[Row, ...]:
     widths: dict[int, int] = {}
     used: dict[int, int] = {}
     for r in reservations:
-        widths[r.row] = max(widths.get(r.row, 0), r.allocation.sm_pct)
+        widths[r.row] = max(widths.get(r.row, 0), r.width_pct)
         used[r.row] = used.get(r.row, 0) + r.allocation.request_permille
     return tuple(Row(index=i, sm_pct=widths[i], used_permille=used[i]) for i in sorted(widths))

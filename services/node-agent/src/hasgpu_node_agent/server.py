@@ -12,7 +12,7 @@ from hasgpu_core.events import DeviceEvent, InstanceEvent, NodeEvent
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import device_event_to_proto, instance_event_to_proto, node_event_to_proto, spec_from_proto
 
-from hasgpu_node_agent.profiling import DEFAULT_BUDGET_S, Point, ProfileOrder, Profiler
+from hasgpu_node_agent.profiling import DEFAULT_BUDGET_S, Configuration, Point, ProfileOrder, Profiler
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -65,6 +65,7 @@ class NodeAgentServicer(node_agent_pb2_grpc.NodeAgentServiceServicer):
             batches=tuple(request.batches),
             sm_pcts=tuple(request.sm_pcts),
             quotas_permille=tuple(request.quotas_permille),
+            configurations=tuple(Configuration(c.batch, c.sm_pct, c.quota_permille) for c in request.configurations),
         )
         span = self._telemetry.start(
             "agent.profile",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,11 @@ from hasgpu_core.errors import InvalidError
 
 NODE_PATTERN = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
 """A node's name becomes a token of a NATS subject and a folder."""
+MAX_EMULATED_GPUS = 64
+MAX_GPU_INDEX = 64
+CUDA_MODES = ("mps+green", "mps+pct", "mps+static", "timeshare")
+_UUID = re.compile(r"GPU-[0-9a-fA-F-]{4,64}")
+_EXPECTED = "cpu, cpu:cores=N, cuda, cuda:gpu=INDEX or UUID,mode=MODE or emulated:gpus=N,profile=FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +24,17 @@ class DeviceSetting:
     """One entry of HASGPU_DEVICES."""
 
     kind: str
-    """"cpu"."""
+    """"cpu", "cuda" or "emulated"."""
     cores: int | None = None
     """Of a CPU device; None: all that this process may use."""
+    gpus: int = 1
+    """Emulated devices that this entry makes."""
+    profile: str = ""
+    """What they are emulated from: a profile file; empty: the shipped one."""
+    gpu: str = ""
+    """Index or UUID ("GPU-...") of an NVIDIA GPU; empty: all that there are."""
+    mode: str = ""
+    """How it is to be shared, of CUDA_MODES; empty: the best that it is proven to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,10 @@ def default_node(host: str) -> str:
 
 
 def parse_devices(text: str) -> tuple[DeviceSetting, ...]:
-    """Parses `cpu`, `cpu:cores=2`, several separated by `;`. Raises InvalidError."""
+    """Parses `cpu:cores=2`, `cuda:gpu=0,mode=mps+green`, `emulated:gpus=8,profile=FILE`, several separated by `;`.
+
+    Raises InvalidError.
+    """
     devices = tuple(_parse_device(entry.strip()) for entry in text.split(";") if entry.strip())
     if not devices:
         raise InvalidError("HASGPU_DEVICES", expected="at least one device", got=repr(text))
@@ -76,12 +92,50 @@ def parse_devices(text: str) -> tuple[DeviceSetting, ...]:
 
 def _parse_device(entry: str) -> DeviceSetting:
     kind, _, rest = entry.partition(":")
-    if kind != "cpu":
-        raise InvalidError("HASGPU_DEVICES", expected="cpu or cpu:cores=N", got=repr(entry))
+    options = [option for option in rest.split(",") if option]
+    if kind == "cpu":
+        return _parse_cpu(options)
+    if kind == "cuda":
+        return _parse_cuda(options)
+    if kind == "emulated":
+        return _parse_emulated(options)
+    raise InvalidError("HASGPU_DEVICES", expected=_EXPECTED, got=repr(entry))
+
+
+def _parse_cpu(options: Sequence[str]) -> DeviceSetting:
     cores: int | None = None
-    for option in (o for o in rest.split(",") if o):
+    for option in options:
         name, _, value = option.partition("=")
         if name != "cores" or not value.isdecimal() or not 1 <= int(value) <= 1_024:
             raise InvalidError("HASGPU_DEVICES", expected="cores=1..1024", got=repr(option))
         cores = int(value)
-    return DeviceSetting(kind=kind, cores=cores)
+    return DeviceSetting(kind="cpu", cores=cores)
+
+
+def _parse_cuda(options: Sequence[str]) -> DeviceSetting:
+    gpu = mode = ""
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "gpu" and (_UUID.fullmatch(value) or (value.isdecimal() and int(value) < MAX_GPU_INDEX)):
+            gpu = value if value.startswith("GPU-") else str(int(value))
+        elif name == "mode" and value in CUDA_MODES:
+            mode = value
+        else:
+            expected = f"gpu=0..{MAX_GPU_INDEX - 1}, gpu=GPU-<uuid> or mode={'|'.join(CUDA_MODES)}"
+            raise InvalidError("HASGPU_DEVICES", expected=expected, got=repr(option))
+    return DeviceSetting(kind="cuda", gpu=gpu, mode=mode)
+
+
+def _parse_emulated(options: Sequence[str]) -> DeviceSetting:
+    gpus, profile = 1, ""
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "gpus" and value.isdecimal() and 1 <= int(value) <= MAX_EMULATED_GPUS:
+            gpus = int(value)
+        elif name == "profile" and value:
+            profile = value
+        else:
+            raise InvalidError(
+                "HASGPU_DEVICES", expected=f"gpus=1..{MAX_EMULATED_GPUS} or profile=FILE", got=repr(option)
+            )
+    return DeviceSetting(kind="emulated", gpus=gpus, profile=profile)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from hasgpu_core.events import DesiredInstance, HorizontalScaleEvent, InstanceEvent, NodeEvent, PlannedInstance
 from hasgpu_core.function import MIB
 from hasgpu_core.policy.placement import NoRoom, place
-from hasgpu_core.resources import WHOLE_PERMILLE, Allocation, DeviceInfo, DeviceState, InstanceState, Row
+from hasgpu_core.resources import WHOLE_PERMILLE, Allocation, DeviceHealth, DeviceInfo, DeviceState, InstanceState, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,9 @@ class NodeView:
 
     @property
     def devices(self) -> Mapping[str, DeviceInfo]:
-        """Its devices by name; empty while it is unknown."""
-        return {device.gpu: device for device in self.event.devices} if self.event else {}
+        """Its devices by name, without those that are lost; empty while it is unknown."""
+        devices = self.event.devices if self.event else ()
+        return {device.gpu: device for device in devices if device.health is not DeviceHealth.LOST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,18 @@ def device_states(nodes: Mapping[str, NodeView], plans: Mapping[str, Iterable[Pl
             mine = [p for p in planned if p.gpu == gpu]
             states.append(
                 DeviceState(
-                    info=info, rows=rows_of(mine), memory_used_bytes=sum(p.allocation.memory_bytes for p in mine)
+                    info=info, rows=rows_of(mine, info), memory_used_bytes=sum(p.allocation.memory_bytes for p in mine)
                 )
             )
     return states
 
 
-def rows_of(planned: Iterable[PlannedInstance]) -> tuple[Row, ...]:
-    """Returns the rows that one device's instances make up; a row's SM share is that of its instances."""
+def rows_of(planned: Iterable[PlannedInstance], device: DeviceInfo) -> tuple[Row, ...]:
+    """Returns the rows that one device's instances make up; a row's SM share is what the device gives for theirs."""
     sm_pct: dict[int, int] = {}
     used: dict[int, int] = {}
     for entry in planned:
-        sm_pct[entry.row] = max(sm_pct.get(entry.row, 0), entry.allocation.sm_pct)
+        sm_pct[entry.row] = max(sm_pct.get(entry.row, 0), device.given_sm_pct(entry.allocation.sm_pct))
         used[entry.row] = used.get(entry.row, 0) + entry.allocation.request_permille
     return tuple(Row(index=row, sm_pct=sm_pct[row], used_permille=used[row]) for row in sorted(sm_pct))
 

@@ -69,6 +69,6 @@ def _device(device: DeviceInfo, planned: tuple[PlannedInstance, ...]) -> schedul
     mine = [item for item in planned if item.gpu == device.gpu]
     return scheduler_pb2.DeviceStatus(
         device=wire.device_info_to_proto(device),
-        rows=[wire.row_to_proto(row) for row in rows_of(mine)],
+        rows=[wire.row_to_proto(row) for row in rows_of(mine, device)],
         instances=[wire.planned_instance_to_proto(item) for item in mine],
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hasgpu_core.events import PlannedInstance
-from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceState, Row
+from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceHealth, DeviceState, Row
 
 _SHARED_ROW, _USED_GPU, _EMPTY_GPU = range(3)
 """The order of preference."""
@@ -47,13 +47,14 @@ def place(allocation: Allocation, devices: Sequence[DeviceState]) -> Placement |
 
     Preference, as HAS-GPU's released placement: a row with the same SM share and room for the request, the fullest
     first; else a new row on a GPU in use, the one with the least SMs free; else on an empty GPU. Ties go by (node,
-    gpu, row), so the answer is deterministic. Only devices that have the memory free and offer the SM share as a rung
-    are looked at. A row without instances is as good as none.
+    gpu, row), so the answer is deterministic. Only healthy devices that have the memory free and offer the SM share as
+    a rung, or round it up to one, are looked at. A row without instances is as good as none.
     """
     best: tuple[_Key, DeviceState] | None = None
     for device in devices:
         info = device.info
-        if allocation.sm_pct not in info.sm_rungs_pct or allocation.memory_bytes > device.free_memory_bytes:
+        sm_pct = info.given_sm_pct(allocation.sm_pct)
+        if not _takes(device, sm_pct, allocation.memory_bytes):
             continue
         free_sm_pct, rows = WHOLE_PCT, 0
         for row in device.rows:
@@ -61,11 +62,11 @@ def place(allocation: Allocation, devices: Sequence[DeviceState]) -> Placement |
                 continue
             rows += 1
             free_sm_pct -= row.sm_pct
-            if row.sm_pct == allocation.sm_pct and row.free_permille >= allocation.request_permille:
+            if row.sm_pct == sm_pct and row.free_permille >= allocation.request_permille:
                 key = (_SHARED_ROW, row.free_permille, info.node, info.gpu, row.index)
                 if best is None or key < best[0]:
                     best = (key, device)
-        if allocation.sm_pct <= free_sm_pct and allocation.request_permille <= WHOLE_PERMILLE:
+        if sm_pct <= free_sm_pct and allocation.request_permille <= WHOLE_PERMILLE:
             key = (_USED_GPU if rows else _EMPTY_GPU, free_sm_pct, info.node, info.gpu, -1)
             if best is None or key < best[0]:
                 best = (key, device)
@@ -78,15 +79,16 @@ def most_permille(sm_pct: int, memory_bytes: int, devices: Iterable[DeviceState]
     """Returns the largest request that `place` has room for with an SM share and memory; 0: none."""
     most = 0
     for device in devices:
-        if sm_pct not in device.info.sm_rungs_pct or memory_bytes > device.free_memory_bytes:
+        given_pct = device.info.given_sm_pct(sm_pct)
+        if not _takes(device, given_pct, memory_bytes):
             continue
         free_sm_pct = WHOLE_PCT
         for row in device.rows:
             if row.used_permille > 0:
                 free_sm_pct -= row.sm_pct
-                if row.sm_pct == sm_pct:
+                if row.sm_pct == given_pct:
                     most = max(most, row.free_permille)
-        if sm_pct <= free_sm_pct:
+        if given_pct <= free_sm_pct:
             return WHOLE_PERMILLE
     return most
 
@@ -124,6 +126,12 @@ def live_rows(device: DeviceState) -> tuple[Row, ...]:
     return tuple(sorted((row for row in device.rows if row.used_permille > 0), key=lambda row: row.index))
 
 
+def _takes(device: DeviceState, sm_pct: int, memory_bytes: int) -> bool:
+    """Whether a device takes an SM share that it gives, and memory, if its rows have the room."""
+    is_lost = device.info.health is DeviceHealth.LOST
+    return not is_lost and sm_pct in device.info.sm_rungs_pct and memory_bytes <= device.free_memory_bytes
+
+
 def _placement(key: _Key, device: DeviceState) -> Placement:
     kind, free, node, gpu, row = key
     where = f"{node}/{gpu}"
@@ -136,7 +144,7 @@ def _placement(key: _Key, device: DeviceState) -> Placement:
 
 def _with_request(device: DeviceState, index: int, allocation: Allocation) -> DeviceState:
     rows = {row.index: row for row in live_rows(device)}
-    row = rows.get(index) or Row(index, allocation.sm_pct, 0)
+    row = rows.get(index) or Row(index, device.info.given_sm_pct(allocation.sm_pct), 0)
     rows[index] = replace(row, used_permille=row.used_permille + allocation.request_permille)
     return replace(
         device,
@@ -155,7 +163,10 @@ def _no_room(allocation: Allocation, devices: Sequence[DeviceState]) -> str:
     asked = f"SM {allocation.sm_pct} %, {allocation.request_permille} ‰ and {allocation.memory_bytes >> 20} MiB"
     if not devices:
         return f"no room for {asked}: no device is known"
-    if all(allocation.sm_pct not in device.info.sm_rungs_pct for device in devices):
+    devices = [device for device in devices if device.info.health is not DeviceHealth.LOST]
+    if not devices:
+        return f"no room for {asked}: no device is healthy"
+    if all(device.info.given_sm_pct(allocation.sm_pct) not in device.info.sm_rungs_pct for device in devices):
         rungs = sorted({rung for device in devices for rung in device.info.sm_rungs_pct})
         return f"no device gives SM {allocation.sm_pct} %: they offer {', '.join(map(str, rungs))} %"
     free = []

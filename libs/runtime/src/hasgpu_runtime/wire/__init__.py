@@ -44,6 +44,8 @@ from hasgpu_runtime.wire.payloads import (
 from hasgpu_runtime.wire.values import (
     allocation_from_proto,
     allocation_to_proto,
+    device_health_from_proto,
+    device_health_to_proto,
     device_info_from_proto,
     device_info_to_proto,
     format_from_proto,
@@ -83,6 +85,8 @@ __all__ = [
     "desired_instance_to_proto",
     "device_event_from_proto",
     "device_event_to_proto",
+    "device_health_from_proto",
+    "device_health_to_proto",
     "device_info_from_proto",
     "device_info_to_proto",
     "encode",

@@ -106,6 +106,7 @@ def batch_observation_to_proto(value: BatchObservation) -> events_pb2.BatchObser
         request_permille=value.request_permille,
         latency_ns=value.latency_ns,
         device_time_ns=value.device_time_ns,
+        gate_wait_ns=value.gate_wait_ns,
     )
 
 
@@ -117,6 +118,7 @@ def batch_observation_from_proto(wire: events_pb2.BatchObservation) -> BatchObse
         request_permille=wire.request_permille,
         latency_ns=wire.latency_ns,
         device_time_ns=wire.device_time_ns,
+        gate_wait_ns=wire.gate_wait_ns if wire.HasField("gate_wait_ns") else None,
     )
 
 
@@ -206,6 +208,11 @@ def device_event_to_proto(value: DeviceEvent) -> events_pb2.DeviceEvent:
         busy_permille=value.busy_permille,
         observed_unix_ns=value.observed_unix_ns,
         allocated_gpu_ns=value.allocated_gpu_ns,
+        measured_memory_bytes=value.measured_memory_bytes,
+        power_mw=value.power_mw,
+        utilisation_pct=value.utilisation_pct,
+        temperature_c=value.temperature_c,
+        sm_clock_mhz=value.sm_clock_mhz,
     )
 
 
@@ -218,6 +225,11 @@ def device_event_from_proto(wire: events_pb2.DeviceEvent) -> DeviceEvent:
         busy_permille=wire.busy_permille,
         observed_unix_ns=wire.observed_unix_ns,
         allocated_gpu_ns=wire.allocated_gpu_ns,
+        measured_memory_bytes=wire.measured_memory_bytes if wire.HasField("measured_memory_bytes") else None,
+        power_mw=wire.power_mw if wire.HasField("power_mw") else None,
+        utilisation_pct=wire.utilisation_pct if wire.HasField("utilisation_pct") else None,
+        temperature_c=wire.temperature_c if wire.HasField("temperature_c") else None,
+        sm_clock_mhz=wire.sm_clock_mhz if wire.HasField("sm_clock_mhz") else None,
     )
 
 
@@ -255,6 +267,10 @@ def capacity_table_to_proto(value: CapacityTable) -> events_pb2.CapacityEvent:
         points=[capacity_point_to_proto(point) for point in value.points],
         basis=value.basis,
         infeasible_reason=value.infeasible_reason,
+        correction_permille=value.correction_permille,
+        run_correction_permille=value.run_correction_permille,
+        drift=value.drift,
+        profiled_max_batch=value.profiled_max_batch,
     )
 
 
@@ -270,6 +286,10 @@ def capacity_table_from_proto(wire: events_pb2.CapacityEvent) -> CapacityTable:
         points=tuple(capacity_point_from_proto(point) for point in wire.points),
         basis=wire.basis,
         infeasible_reason=wire.infeasible_reason,
+        correction_permille=wire.correction_permille or 1_000,
+        run_correction_permille=wire.run_correction_permille or 1_000,
+        drift=wire.drift,
+        profiled_max_batch=wire.profiled_max_batch,
     )
 
 

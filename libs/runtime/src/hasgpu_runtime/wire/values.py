@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hasgpu.common.v1 import common_pb2
 from hasgpu_core.errors import InvalidError
 from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, TensorSpec
-from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState, Row
+from hasgpu_core.resources import Allocation, DeviceHealth, DeviceInfo, InstanceState, Row
 
 _FORMAT_TO_PROTO: Mapping[ModelFormat, common_pb2.ModelFormat.ValueType] = {
     ModelFormat.PYTHON: common_pb2.MODEL_FORMAT_PYTHON,
@@ -25,6 +25,16 @@ _STATE_TO_PROTO: Mapping[InstanceState, common_pb2.InstanceState.ValueType] = {
     InstanceState.FAILED: common_pb2.INSTANCE_STATE_FAILED,
 }
 _STATE_FROM_PROTO = {wire: value for value, wire in _STATE_TO_PROTO.items()}
+
+_HEALTH_TO_PROTO: Mapping[DeviceHealth, common_pb2.DeviceHealth.ValueType] = {
+    DeviceHealth.OK: common_pb2.DEVICE_HEALTH_OK,
+    DeviceHealth.DEGRADED: common_pb2.DEVICE_HEALTH_DEGRADED,
+    DeviceHealth.LOST: common_pb2.DEVICE_HEALTH_LOST,
+}
+_HEALTH_FROM_PROTO = {
+    common_pb2.DEVICE_HEALTH_UNSPECIFIED: DeviceHealth.OK,  # by an agent that does not tell
+    **{wire: value for value, wire in _HEALTH_TO_PROTO.items()},
+}
 
 
 def require(value: str, field: str) -> str:
@@ -63,6 +73,19 @@ def instance_state_from_proto(wire: common_pb2.InstanceState.ValueType) -> Insta
     value = _STATE_FROM_PROTO.get(wire)
     if value is None:
         raise InvalidError("state", expected=" or ".join(s.value for s in InstanceState), got=f"number {int(wire)}")
+    return value
+
+
+def device_health_to_proto(value: DeviceHealth) -> common_pb2.DeviceHealth.ValueType:
+    """Converts a device's health."""
+    return _HEALTH_TO_PROTO[value]
+
+
+def device_health_from_proto(wire: common_pb2.DeviceHealth.ValueType) -> DeviceHealth:
+    """Converts a device's health, unset is OK; raises InvalidError for one that is unknown here."""
+    value = _HEALTH_FROM_PROTO.get(wire)
+    if value is None:
+        raise InvalidError("health", expected=" or ".join(h.value for h in DeviceHealth), got=f"number {int(wire)}")
     return value
 
 
@@ -155,11 +178,17 @@ def device_info_to_proto(value: DeviceInfo) -> common_pb2.Device:
         memory_bytes=value.memory_bytes,
         sm_rungs_pct=value.sm_rungs_pct,
         capabilities=value.capabilities,
+        mode=value.mode,
+        uuid=value.uuid,
+        sm_count=value.sm_count,
+        sm_granule_pct=value.sm_granule_pct,
+        health=device_health_to_proto(value.health),
+        health_reason=value.health_reason,
     )
 
 
 def device_info_from_proto(wire: common_pb2.Device) -> DeviceInfo:
-    """Converts a device's description; raises InvalidError when its node or name is missing."""
+    """Converts a device's description; raises InvalidError for a missing node or name or an unknown health."""
     return DeviceInfo(
         node=require(wire.node, "device.node"),
         gpu=require(wire.gpu, "device.gpu"),
@@ -168,6 +197,12 @@ def device_info_from_proto(wire: common_pb2.Device) -> DeviceInfo:
         memory_bytes=wire.memory_bytes,
         sm_rungs_pct=tuple(wire.sm_rungs_pct),
         capabilities=tuple(wire.capabilities),
+        mode=wire.mode,
+        uuid=wire.uuid,
+        sm_count=wire.sm_count,
+        sm_granule_pct=wire.sm_granule_pct or 1,
+        health=device_health_from_proto(wire.health),
+        health_reason=wire.health_reason,
     )
 
 

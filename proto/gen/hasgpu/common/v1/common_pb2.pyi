@@ -75,6 +75,31 @@ INSTANCE_STATE_FAILED: InstanceState.ValueType  # 6
 """Not running; the reason says why. It is retried from the plan with back-off."""
 Global___InstanceState: _TypeAlias = InstanceState  # noqa: Y015
 
+class _DeviceHealth:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceHealth.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_HEALTH_UNSPECIFIED: _DeviceHealth.ValueType  # 0
+    """By an agent that does not tell: taken for OK."""
+    DEVICE_HEALTH_OK: _DeviceHealth.ValueType  # 1
+    DEVICE_HEALTH_DEGRADED: _DeviceHealth.ValueType  # 2
+    """It serves, or will again shortly: its sharing daemon is being restarted, or it can't be watched."""
+    DEVICE_HEALTH_LOST: _DeviceHealth.ValueType  # 3
+    """It has gone or can't be used any more; its instances have failed, and nothing is placed on it."""
+
+class DeviceHealth(_DeviceHealth, metaclass=_DeviceHealthEnumTypeWrapper): ...
+
+DEVICE_HEALTH_UNSPECIFIED: DeviceHealth.ValueType  # 0
+"""By an agent that does not tell: taken for OK."""
+DEVICE_HEALTH_OK: DeviceHealth.ValueType  # 1
+DEVICE_HEALTH_DEGRADED: DeviceHealth.ValueType  # 2
+"""It serves, or will again shortly: its sharing daemon is being restarted, or it can't be watched."""
+DEVICE_HEALTH_LOST: DeviceHealth.ValueType  # 3
+"""It has gone or can't be used any more; its instances have failed, and nothing is placed on it."""
+Global___DeviceHealth: _TypeAlias = DeviceHealth  # noqa: Y015
+
 @_typing.final
 class Allocation(_message.Message):
     """What an instance may use of one GPU."""
@@ -305,6 +330,12 @@ class Device(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SM_RUNGS_PCT_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    SM_COUNT_FIELD_NUMBER: _builtins.int
+    SM_GRANULE_PCT_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    HEALTH_REASON_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     gpu: _builtins.str
     """"cpu0", "gpu0", ..."""
@@ -313,6 +344,17 @@ class Device(_message.Message):
     backend: _builtins.str
     """"cpu", "cuda", "emulated"."""
     memory_bytes: _builtins.int
+    mode: _builtins.str
+    """How a CUDA device is shared: "mps+green", "mps+pct", "mps+static" or "timeshare"; empty on other devices."""
+    uuid: _builtins.str
+    """"GPU-..." of a CUDA device."""
+    sm_count: _builtins.int
+    """Streaming multiprocessors of a CUDA device; 0: it has none."""
+    sm_granule_pct: _builtins.int
+    """The smallest share that it can give, to which shares are rounded up; 0: not known, taken for 1."""
+    health: Global___DeviceHealth.ValueType
+    health_reason: _builtins.str
+    """In words, unless it is OK."""
     @_builtins.property
     def sm_rungs_pct(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """SM shares that the device can really give."""
@@ -331,10 +373,16 @@ class Device(_message.Message):
         memory_bytes: _builtins.int = ...,
         sm_rungs_pct: _abc.Iterable[_builtins.int] | None = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        mode: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        sm_count: _builtins.int = ...,
+        sm_granule_pct: _builtins.int = ...,
+        health: Global___DeviceHealth.ValueType = ...,
+        health_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capabilities", b"capabilities", "gpu", b"gpu", "memory_bytes", b"memory_bytes", "model", b"model", "node", b"node", "sm_rungs_pct", b"sm_rungs_pct"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capabilities", b"capabilities", "gpu", b"gpu", "health", b"health", "health_reason", b"health_reason", "memory_bytes", b"memory_bytes", "mode", b"mode", "model", b"model", "node", b"node", "sm_count", b"sm_count", "sm_granule_pct", b"sm_granule_pct", "sm_rungs_pct", b"sm_rungs_pct", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -227,12 +227,15 @@ class BatchObservation(_message.Message):
     REQUEST_PERMILLE_FIELD_NUMBER: _builtins.int
     LATENCY_NS_FIELD_NUMBER: _builtins.int
     DEVICE_TIME_NS_FIELD_NUMBER: _builtins.int
+    GATE_WAIT_NS_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     sm_pct: _builtins.int
     request_permille: _builtins.int
     latency_ns: _builtins.int
     """Gate wait and execution."""
     device_time_ns: _builtins.int
+    gate_wait_ns: _builtins.int
+    """Part of the latency that was waited at the gate; absent: by a worker that does not tell."""
     def __init__(
         self,
         *,
@@ -241,12 +244,15 @@ class BatchObservation(_message.Message):
         request_permille: _builtins.int = ...,
         latency_ns: _builtins.int = ...,
         device_time_ns: _builtins.int = ...,
+        gate_wait_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gate_wait_ns", b"_gate_wait_ns", "gate_wait_ns", b"gate_wait_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "device_time_ns", b"device_time_ns", "latency_ns", b"latency_ns", "request_permille", b"request_permille", "sm_pct", b"sm_pct"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gate_wait_ns", b"_gate_wait_ns", "batch", b"batch", "device_time_ns", b"device_time_ns", "gate_wait_ns", b"gate_wait_ns", "latency_ns", b"latency_ns", "request_permille", b"request_permille", "sm_pct", b"sm_pct"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__gate_wait_ns: _TypeAlias = _typing.Literal["gate_wait_ns"]  # noqa: Y015
+    _WhichOneofArgType__gate_wait_ns: _TypeAlias = _typing.Literal["_gate_wait_ns", b"_gate_wait_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gate_wait_ns) -> _WhichOneofReturnType__gate_wait_ns | None: ...
 
 Global___BatchObservation: _TypeAlias = BatchObservation  # noqa: Y015
 
@@ -300,12 +306,25 @@ class DeviceEvent(_message.Message):
     BUSY_PERMILLE_FIELD_NUMBER: _builtins.int
     OBSERVED_UNIX_NS_FIELD_NUMBER: _builtins.int
     ALLOCATED_GPU_NS_FIELD_NUMBER: _builtins.int
+    MEASURED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    POWER_MW_FIELD_NUMBER: _builtins.int
+    UTILISATION_PCT_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     memory_used_bytes: _builtins.int
+    """Promised to instances."""
     busy_permille: _builtins.int
     """Share of the last telemetry period for which the device was held, 0..1000 times its rows."""
     observed_unix_ns: _builtins.int
     allocated_gpu_ns: _builtins.int
     """Cumulative since the agent started counting: integral of SM share times request, in GPU-nanoseconds."""
+    measured_memory_bytes: _builtins.int
+    """As the driver measured them; absent where it does not tell."""
+    power_mw: _builtins.int
+    utilisation_pct: _builtins.int
+    """Part of the last sample period for which any kernel ran."""
+    temperature_c: _builtins.int
+    sm_clock_mhz: _builtins.int
     @_builtins.property
     def device(self) -> _common_pb2.Device: ...
     @_builtins.property
@@ -319,12 +338,36 @@ class DeviceEvent(_message.Message):
         busy_permille: _builtins.int = ...,
         observed_unix_ns: _builtins.int = ...,
         allocated_gpu_ns: _builtins.int = ...,
+        measured_memory_bytes: _builtins.int | None = ...,
+        power_mw: _builtins.int | None = ...,
+        utilisation_pct: _builtins.int | None = ...,
+        temperature_c: _builtins.int | None = ...,
+        sm_clock_mhz: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured_memory_bytes", b"_measured_memory_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation_pct", b"_utilisation_pct", "device", b"device", "measured_memory_bytes", b"measured_memory_bytes", "power_mw", b"power_mw", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "utilisation_pct", b"utilisation_pct"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_gpu_ns", b"allocated_gpu_ns", "busy_permille", b"busy_permille", "device", b"device", "memory_used_bytes", b"memory_used_bytes", "observed_unix_ns", b"observed_unix_ns", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured_memory_bytes", b"_measured_memory_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation_pct", b"_utilisation_pct", "allocated_gpu_ns", b"allocated_gpu_ns", "busy_permille", b"busy_permille", "device", b"device", "measured_memory_bytes", b"measured_memory_bytes", "memory_used_bytes", b"memory_used_bytes", "observed_unix_ns", b"observed_unix_ns", "power_mw", b"power_mw", "rows", b"rows", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "utilisation_pct", b"utilisation_pct"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__measured_memory_bytes: _TypeAlias = _typing.Literal["measured_memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__measured_memory_bytes: _TypeAlias = _typing.Literal["_measured_memory_bytes", b"_measured_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__power_mw: _TypeAlias = _typing.Literal["power_mw"]  # noqa: Y015
+    _WhichOneofArgType__power_mw: _TypeAlias = _typing.Literal["_power_mw", b"_power_mw"]  # noqa: Y015
+    _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation_pct: _TypeAlias = _typing.Literal["utilisation_pct"]  # noqa: Y015
+    _WhichOneofArgType__utilisation_pct: _TypeAlias = _typing.Literal["_utilisation_pct", b"_utilisation_pct"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_memory_bytes) -> _WhichOneofReturnType__measured_memory_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_mw) -> _WhichOneofReturnType__power_mw | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation_pct) -> _WhichOneofReturnType__utilisation_pct | None: ...
 
 Global___DeviceEvent: _TypeAlias = DeviceEvent  # noqa: Y015
 
@@ -378,6 +421,10 @@ class CapacityEvent(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
     INFEASIBLE_REASON_FIELD_NUMBER: _builtins.int
+    CORRECTION_PERMILLE_FIELD_NUMBER: _builtins.int
+    RUN_CORRECTION_PERMILLE_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    PROFILED_MAX_BATCH_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     function_revision: _builtins.int
     device_model: _builtins.str
@@ -389,6 +436,15 @@ class CapacityEvent(_message.Message):
     """"profiled" or "static" (no measurement of this function yet)."""
     infeasible_reason: _builtins.str
     """Why no configuration meets the objective; empty when one does."""
+    correction_permille: _builtins.int
+    """Factors in force of the online correction, in per mille: where the quota decides the latency, and where not. 0: by a
+    rapp that does not tell.
+    """
+    run_correction_permille: _builtins.int
+    drift: _builtins.str
+    """In words while the profile no longer describes the function; a new one is being measured then."""
+    profiled_max_batch: _builtins.int
+    """The largest batch that was measured; larger ones are extrapolated. 0: none."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapacityPoint]: ...
     def __init__(
@@ -403,10 +459,14 @@ class CapacityEvent(_message.Message):
         points: _abc.Iterable[Global___CapacityPoint] | None = ...,
         basis: _builtins.str = ...,
         infeasible_reason: _builtins.str = ...,
+        correction_permille: _builtins.int = ...,
+        run_correction_permille: _builtins.int = ...,
+        drift: _builtins.str = ...,
+        profiled_max_batch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "computed_unix_ns", b"computed_unix_ns", "device_model", b"device_model", "function", b"function", "function_revision", b"function_revision", "infeasible_reason", b"infeasible_reason", "points", b"points", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "computed_unix_ns", b"computed_unix_ns", "correction_permille", b"correction_permille", "device_model", b"device_model", "drift", b"drift", "function", b"function", "function_revision", b"function_revision", "infeasible_reason", b"infeasible_reason", "points", b"points", "profiled_max_batch", b"profiled_max_batch", "run_correction_permille", b"run_correction_permille", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,55 +26,57 @@ from hasgpu.common.v1 import common_pb2 as hasgpu_dot_common_dot_v1_dot_common__
 from hasgpu.events.v1 import events_pb2 as hasgpu_dot_events_dot_v1_dot_events__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%hasgpu/node_agent/v1/node_agent.proto\x12\x14hasgpu.node_agent.v1\x1a\x1dhasgpu/common/v1/common.proto\x1a\x1dhasgpu/events/v1/events.proto\"\x12\n\x10GetStatusRequest\"\xa2\x01\n\x11GetStatusResponse\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.hasgpu.events.v1.NodeEvent\x12\x32\n\tinstances\x18\x02 \x03(\x0b\x32\x1f.hasgpu.events.v1.InstanceEvent\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.hasgpu.events.v1.DeviceEvent\"\x99\x01\n\x0eProfileRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x0b\n\x03gpu\x18\x02 \x01(\t\x12\x11\n\tbudget_ms\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x04 \x03(\r\x12\x0f\n\x07sm_pcts\x18\x05 \x03(\r\x12\x17\n\x0fquotas_permille\x18\x06 \x03(\r\"\xa8\x01\n\x0cProfilePoint\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x0e\n\x06sm_pct\x18\x02 \x01(\r\x12\x16\n\x0equota_permille\x18\x03 \x01(\r\x12\x12\n\nlatency_ns\x18\x04 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x05 \x01(\x04\x12\x1a\n\x12longest_segment_ns\x18\x06 \x01(\x04\x12\x19\n\x11repetitions_count\x18\x07 \x01(\r\"c\n\x0fProfileResponse\x12\x33\n\x05point\x18\x01 \x01(\x0b\x32\".hasgpu.node_agent.v1.ProfilePointH\x00\x12\x12\n\x08progress\x18\x02 \x01(\tH\x00\x42\x07\n\x05\x65vent\" \n\x0c\x44rainRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"D\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"\\\n\tBatchItem\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12,\n\x06inputs\x18\x02 \x03(\x0b\x32\x1c.hasgpu.node_agent.v1.Tensor\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\"~\n\x0e\x45xecuteRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.hasgpu.node_agent.v1.BatchItem\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x03 \x01(\x03\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"K\n\tItemError\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.hasgpu.node_agent.v1.ErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t\"k\n\nItemResult\x12-\n\x07outputs\x18\x01 \x03(\x0b\x32\x1c.hasgpu.node_agent.v1.Tensor\x12.\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1f.hasgpu.node_agent.v1.ItemError\"\x81\x02\n\x0f\x45xecuteResponse\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\x31\n\x07results\x18\x02 \x03(\x0b\x32 .hasgpu.node_agent.v1.ItemResult\x12\x17\n\x0fstarted_unix_ns\x18\x03 \x01(\x03\x12\x0f\n\x07line_ns\x18\x04 \x01(\x04\x12\x14\n\x0cgate_wait_ns\x18\x05 \x01(\x04\x12\x12\n\nexecute_ns\x18\x06 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x07 \x01(\x04\x12\x16\n\x0esegments_count\x18\x08 \x01(\r\x12\x0e\n\x06sm_pct\x18\t \x01(\r\x12\x18\n\x10request_permille\x18\n \x01(\r\"\x12\n\x10GetWorkerRequest\"\x9f\x02\n\x11GetWorkerResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x19\n\x11\x66unction_revision\x18\x03 \x01(\x04\x12.\n\x05state\x18\x04 \x01(\x0e\x32\x1f.hasgpu.common.v1.InstanceState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rbatches_count\x18\x06 \x01(\x04\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_model\x18\x08 \x01(\t\x12\x38\n\x0cobservations\x18\t \x03(\x0b\x32\".hasgpu.events.v1.BatchObservation\x12\x17\n\x0fin_flight_count\x18\n \x01(\r\"(\n\x12\x44rainWorkerRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\".\n\x13\x44rainWorkerResponse\x12\x17\n\x0f\x61\x62\x61ndoned_count\x18\x01 \x01(\r\"M\n\x0eMeasureRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x19\n\x11repetitions_count\x18\x02 \x01(\r\x12\x11\n\tbudget_ms\x18\x03 \x01(\r\"t\n\x0fMeasureResponse\x12\x12\n\nlatency_ns\x18\x01 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x02 \x01(\x04\x12\x1a\n\x12longest_segment_ns\x18\x03 \x01(\x04\x12\x19\n\x11repetitions_count\x18\x04 \x01(\r*\x99\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45RROR_KIND_MODEL\x10\x01\x12\x16\n\x12\x45RROR_KIND_EXPIRED\x10\x02\x12\x17\n\x13\x45RROR_KIND_DRAINING\x10\x03\x12\x13\n\x0f\x45RROR_KIND_HUNG\x10\x04\x12\x14\n\x10\x45RROR_KIND_INPUT\x10\x05\x32\x9c\x02\n\x10NodeAgentService\x12\\\n\tGetStatus\x12&.hasgpu.node_agent.v1.GetStatusRequest\x1a\'.hasgpu.node_agent.v1.GetStatusResponse\x12X\n\x07Profile\x12$.hasgpu.node_agent.v1.ProfileRequest\x1a%.hasgpu.node_agent.v1.ProfileResponse0\x01\x12P\n\x05\x44rain\x12\".hasgpu.node_agent.v1.DrainRequest\x1a#.hasgpu.node_agent.v1.DrainResponse2\x85\x03\n\rWorkerService\x12Z\n\x07\x45xecute\x12$.hasgpu.node_agent.v1.ExecuteRequest\x1a%.hasgpu.node_agent.v1.ExecuteResponse(\x01\x30\x01\x12\\\n\tGetWorker\x12&.hasgpu.node_agent.v1.GetWorkerRequest\x1a\'.hasgpu.node_agent.v1.GetWorkerResponse\x12\x62\n\x0b\x44rainWorker\x12(.hasgpu.node_agent.v1.DrainWorkerRequest\x1a).hasgpu.node_agent.v1.DrainWorkerResponse\x12V\n\x07Measure\x12$.hasgpu.node_agent.v1.MeasureRequest\x1a%.hasgpu.node_agent.v1.MeasureResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%hasgpu/node_agent/v1/node_agent.proto\x12\x14hasgpu.node_agent.v1\x1a\x1dhasgpu/common/v1/common.proto\x1a\x1dhasgpu/events/v1/events.proto\"\x12\n\x10GetStatusRequest\"\xa2\x01\n\x11GetStatusResponse\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.hasgpu.events.v1.NodeEvent\x12\x32\n\tinstances\x18\x02 \x03(\x0b\x32\x1f.hasgpu.events.v1.InstanceEvent\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.hasgpu.events.v1.DeviceEvent\"\xef\x01\n\x0eProfileRequest\x12,\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hasgpu.common.v1.FunctionSpec\x12\x0b\n\x03gpu\x18\x02 \x01(\t\x12\x11\n\tbudget_ms\x18\x03 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x04 \x03(\r\x12\x0f\n\x07sm_pcts\x18\x05 \x03(\r\x12\x17\n\x0fquotas_permille\x18\x06 \x03(\r\x12\x42\n\x0e\x63onfigurations\x18\x07 \x03(\x0b\x32*.hasgpu.node_agent.v1.ProfileConfiguration\x12\x10\n\x08in_order\x18\x08 \x01(\x08\"M\n\x14ProfileConfiguration\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x0e\n\x06sm_pct\x18\x02 \x01(\r\x12\x16\n\x0equota_permille\x18\x03 \x01(\r\"\xa8\x01\n\x0cProfilePoint\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x0e\n\x06sm_pct\x18\x02 \x01(\r\x12\x16\n\x0equota_permille\x18\x03 \x01(\r\x12\x12\n\nlatency_ns\x18\x04 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x05 \x01(\x04\x12\x1a\n\x12longest_segment_ns\x18\x06 \x01(\x04\x12\x19\n\x11repetitions_count\x18\x07 \x01(\r\"c\n\x0fProfileResponse\x12\x33\n\x05point\x18\x01 \x01(\x0b\x32\".hasgpu.node_agent.v1.ProfilePointH\x00\x12\x12\n\x08progress\x18\x02 \x01(\tH\x00\x42\x07\n\x05\x65vent\" \n\x0c\x44rainRequest\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\"\x0f\n\rDrainResponse\"D\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0b\n\x03raw\x18\x04 \x01(\x0c\"\\\n\tBatchItem\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12,\n\x06inputs\x18\x02 \x03(\x0b\x32\x1c.hasgpu.node_agent.v1.Tensor\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\"~\n\x0e\x45xecuteRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12.\n\x05items\x18\x02 \x03(\x0b\x32\x1f.hasgpu.node_agent.v1.BatchItem\x12\x18\n\x10\x64\x65\x61\x64line_unix_ns\x18\x03 \x01(\x03\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"K\n\tItemError\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.hasgpu.node_agent.v1.ErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t\"k\n\nItemResult\x12-\n\x07outputs\x18\x01 \x03(\x0b\x32\x1c.hasgpu.node_agent.v1.Tensor\x12.\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1f.hasgpu.node_agent.v1.ItemError\"\x93\x02\n\x0f\x45xecuteResponse\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x04\x12\x31\n\x07results\x18\x02 \x03(\x0b\x32 .hasgpu.node_agent.v1.ItemResult\x12\x17\n\x0fstarted_unix_ns\x18\x03 \x01(\x03\x12\x0f\n\x07line_ns\x18\x04 \x01(\x04\x12\x14\n\x0cgate_wait_ns\x18\x05 \x01(\x04\x12\x12\n\nexecute_ns\x18\x06 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x07 \x01(\x04\x12\x16\n\x0esegments_count\x18\x08 \x01(\r\x12\x0e\n\x06sm_pct\x18\t \x01(\r\x12\x18\n\x10request_permille\x18\n \x01(\r\x12\x10\n\x08\x65mulated\x18\x0b \x01(\x08\"\x12\n\x10GetWorkerRequest\"\x9f\x02\n\x11GetWorkerResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x19\n\x11\x66unction_revision\x18\x03 \x01(\x04\x12.\n\x05state\x18\x04 \x01(\x0e\x32\x1f.hasgpu.common.v1.InstanceState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rbatches_count\x18\x06 \x01(\x04\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_model\x18\x08 \x01(\t\x12\x38\n\x0cobservations\x18\t \x03(\x0b\x32\".hasgpu.events.v1.BatchObservation\x12\x17\n\x0fin_flight_count\x18\n \x01(\r\"(\n\x12\x44rainWorkerRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\".\n\x13\x44rainWorkerResponse\x12\x17\n\x0f\x61\x62\x61ndoned_count\x18\x01 \x01(\r\"M\n\x0eMeasureRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x19\n\x11repetitions_count\x18\x02 \x01(\r\x12\x11\n\tbudget_ms\x18\x03 \x01(\r\"t\n\x0fMeasureResponse\x12\x12\n\nlatency_ns\x18\x01 \x01(\x04\x12\x16\n\x0e\x64\x65vice_time_ns\x18\x02 \x01(\x04\x12\x1a\n\x12longest_segment_ns\x18\x03 \x01(\x04\x12\x19\n\x11repetitions_count\x18\x04 \x01(\r*\x99\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45RROR_KIND_MODEL\x10\x01\x12\x16\n\x12\x45RROR_KIND_EXPIRED\x10\x02\x12\x17\n\x13\x45RROR_KIND_DRAINING\x10\x03\x12\x13\n\x0f\x45RROR_KIND_HUNG\x10\x04\x12\x14\n\x10\x45RROR_KIND_INPUT\x10\x05\x32\x9c\x02\n\x10NodeAgentService\x12\\\n\tGetStatus\x12&.hasgpu.node_agent.v1.GetStatusRequest\x1a\'.hasgpu.node_agent.v1.GetStatusResponse\x12X\n\x07Profile\x12$.hasgpu.node_agent.v1.ProfileRequest\x1a%.hasgpu.node_agent.v1.ProfileResponse0\x01\x12P\n\x05\x44rain\x12\".hasgpu.node_agent.v1.DrainRequest\x1a#.hasgpu.node_agent.v1.DrainResponse2\x85\x03\n\rWorkerService\x12Z\n\x07\x45xecute\x12$.hasgpu.node_agent.v1.ExecuteRequest\x1a%.hasgpu.node_agent.v1.ExecuteResponse(\x01\x30\x01\x12\\\n\tGetWorker\x12&.hasgpu.node_agent.v1.GetWorkerRequest\x1a\'.hasgpu.node_agent.v1.GetWorkerResponse\x12\x62\n\x0b\x44rainWorker\x12(.hasgpu.node_agent.v1.DrainWorkerRequest\x1a).hasgpu.node_agent.v1.DrainWorkerResponse\x12V\n\x07Measure\x12$.hasgpu.node_agent.v1.MeasureRequest\x1a%.hasgpu.node_agent.v1.MeasureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hasgpu.node_agent.v1.node_agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORKIND']._serialized_start=2125
-  _globals['_ERRORKIND']._serialized_end=2278
+  _globals['_ERRORKIND']._serialized_start=2308
+  _globals['_ERRORKIND']._serialized_end=2461
   _globals['_GETSTATUSREQUEST']._serialized_start=125
   _globals['_GETSTATUSREQUEST']._serialized_end=143
   _globals['_GETSTATUSRESPONSE']._serialized_start=146
   _globals['_GETSTATUSRESPONSE']._serialized_end=308
   _globals['_PROFILEREQUEST']._serialized_start=311
-  _globals['_PROFILEREQUEST']._serialized_end=464
-  _globals['_PROFILEPOINT']._serialized_start=467
-  _globals['_PROFILEPOINT']._serialized_end=635
-  _globals['_PROFILERESPONSE']._serialized_start=637
-  _globals['_PROFILERESPONSE']._serialized_end=736
-  _globals['_DRAINREQUEST']._serialized_start=738
-  _globals['_DRAINREQUEST']._serialized_end=770
-  _globals['_DRAINRESPONSE']._serialized_start=772
-  _globals['_DRAINRESPONSE']._serialized_end=787
-  _globals['_TENSOR']._serialized_start=789
-  _globals['_TENSOR']._serialized_end=857
-  _globals['_BATCHITEM']._serialized_start=859
-  _globals['_BATCHITEM']._serialized_end=951
-  _globals['_EXECUTEREQUEST']._serialized_start=953
-  _globals['_EXECUTEREQUEST']._serialized_end=1079
-  _globals['_ITEMERROR']._serialized_start=1081
-  _globals['_ITEMERROR']._serialized_end=1156
-  _globals['_ITEMRESULT']._serialized_start=1158
-  _globals['_ITEMRESULT']._serialized_end=1265
-  _globals['_EXECUTERESPONSE']._serialized_start=1268
-  _globals['_EXECUTERESPONSE']._serialized_end=1525
-  _globals['_GETWORKERREQUEST']._serialized_start=1527
-  _globals['_GETWORKERREQUEST']._serialized_end=1545
-  _globals['_GETWORKERRESPONSE']._serialized_start=1548
-  _globals['_GETWORKERRESPONSE']._serialized_end=1835
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1837
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1877
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=1879
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=1925
-  _globals['_MEASUREREQUEST']._serialized_start=1927
-  _globals['_MEASUREREQUEST']._serialized_end=2004
-  _globals['_MEASURERESPONSE']._serialized_start=2006
-  _globals['_MEASURERESPONSE']._serialized_end=2122
-  _globals['_NODEAGENTSERVICE']._serialized_start=2281
-  _globals['_NODEAGENTSERVICE']._serialized_end=2565
-  _globals['_WORKERSERVICE']._serialized_start=2568
-  _globals['_WORKERSERVICE']._serialized_end=2957
+  _globals['_PROFILEREQUEST']._serialized_end=550
+  _globals['_PROFILECONFIGURATION']._serialized_start=552
+  _globals['_PROFILECONFIGURATION']._serialized_end=629
+  _globals['_PROFILEPOINT']._serialized_start=632
+  _globals['_PROFILEPOINT']._serialized_end=800
+  _globals['_PROFILERESPONSE']._serialized_start=802
+  _globals['_PROFILERESPONSE']._serialized_end=901
+  _globals['_DRAINREQUEST']._serialized_start=903
+  _globals['_DRAINREQUEST']._serialized_end=935
+  _globals['_DRAINRESPONSE']._serialized_start=937
+  _globals['_DRAINRESPONSE']._serialized_end=952
+  _globals['_TENSOR']._serialized_start=954
+  _globals['_TENSOR']._serialized_end=1022
+  _globals['_BATCHITEM']._serialized_start=1024
+  _globals['_BATCHITEM']._serialized_end=1116
+  _globals['_EXECUTEREQUEST']._serialized_start=1118
+  _globals['_EXECUTEREQUEST']._serialized_end=1244
+  _globals['_ITEMERROR']._serialized_start=1246
+  _globals['_ITEMERROR']._serialized_end=1321
+  _globals['_ITEMRESULT']._serialized_start=1323
+  _globals['_ITEMRESULT']._serialized_end=1430
+  _globals['_EXECUTERESPONSE']._serialized_start=1433
+  _globals['_EXECUTERESPONSE']._serialized_end=1708
+  _globals['_GETWORKERREQUEST']._serialized_start=1710
+  _globals['_GETWORKERREQUEST']._serialized_end=1728
+  _globals['_GETWORKERRESPONSE']._serialized_start=1731
+  _globals['_GETWORKERRESPONSE']._serialized_end=2018
+  _globals['_DRAINWORKERREQUEST']._serialized_start=2020
+  _globals['_DRAINWORKERREQUEST']._serialized_end=2060
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=2062
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=2108
+  _globals['_MEASUREREQUEST']._serialized_start=2110
+  _globals['_MEASUREREQUEST']._serialized_end=2187
+  _globals['_MEASURERESPONSE']._serialized_start=2189
+  _globals['_MEASURERESPONSE']._serialized_end=2305
+  _globals['_NODEAGENTSERVICE']._serialized_start=2464
+  _globals['_NODEAGENTSERVICE']._serialized_end=2748
+  _globals['_WORKERSERVICE']._serialized_start=2751
+  _globals['_WORKERSERVICE']._serialized_end=3140
 # @@protoc_insertion_point(module_scope)

@@ -107,9 +107,13 @@ class ProfileRequest(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     SM_PCTS_FIELD_NUMBER: _builtins.int
     QUOTAS_PERMILLE_FIELD_NUMBER: _builtins.int
+    CONFIGURATIONS_FIELD_NUMBER: _builtins.int
+    IN_ORDER_FIELD_NUMBER: _builtins.int
     gpu: _builtins.str
     budget_ms: _builtins.int
     """Measuring stops after this time; 0: 8 s."""
+    in_order: _builtins.bool
+    """The configurations are measured in the order given."""
     @_builtins.property
     def spec(self) -> _common_pb2.FunctionSpec: ...
     @_builtins.property
@@ -120,6 +124,12 @@ class ProfileRequest(_message.Message):
     def sm_pcts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def quotas_permille(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def configurations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileConfiguration]:
+        """If any, exactly these are measured, the most informative first, and not beyond the budget; the three lists above
+        are empty then.
+        """
+
     def __init__(
         self,
         *,
@@ -129,14 +139,41 @@ class ProfileRequest(_message.Message):
         batches: _abc.Iterable[_builtins.int] | None = ...,
         sm_pcts: _abc.Iterable[_builtins.int] | None = ...,
         quotas_permille: _abc.Iterable[_builtins.int] | None = ...,
+        configurations: _abc.Iterable[Global___ProfileConfiguration] | None = ...,
+        in_order: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "budget_ms", b"budget_ms", "gpu", b"gpu", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "budget_ms", b"budget_ms", "configurations", b"configurations", "gpu", b"gpu", "in_order", b"in_order", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
+
+@_typing.final
+class ProfileConfiguration(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    SM_PCT_FIELD_NUMBER: _builtins.int
+    QUOTA_PERMILLE_FIELD_NUMBER: _builtins.int
+    batch: _builtins.int
+    sm_pct: _builtins.int
+    quota_permille: _builtins.int
+    def __init__(
+        self,
+        *,
+        batch: _builtins.int = ...,
+        sm_pct: _builtins.int = ...,
+        quota_permille: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "quota_permille", b"quota_permille", "sm_pct", b"sm_pct"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileConfiguration: _TypeAlias = ProfileConfiguration  # noqa: Y015
 
 @_typing.final
 class ProfilePoint(_message.Message):
@@ -392,6 +429,7 @@ class ExecuteResponse(_message.Message):
     SEGMENTS_COUNT_FIELD_NUMBER: _builtins.int
     SM_PCT_FIELD_NUMBER: _builtins.int
     REQUEST_PERMILLE_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
     batch: _builtins.int
     started_unix_ns: _builtins.int
     """When the worker took the batch up."""
@@ -403,6 +441,8 @@ class ExecuteResponse(_message.Message):
     segments_count: _builtins.int
     sm_pct: _builtins.int
     request_permille: _builtins.int
+    emulated: _builtins.bool
+    """The device is emulated: the outputs are made up."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemResult]: ...
     def __init__(
@@ -418,10 +458,11 @@ class ExecuteResponse(_message.Message):
         segments_count: _builtins.int = ...,
         sm_pct: _builtins.int = ...,
         request_permille: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "device_time_ns", b"device_time_ns", "execute_ns", b"execute_ns", "gate_wait_ns", b"gate_wait_ns", "line_ns", b"line_ns", "request_permille", b"request_permille", "results", b"results", "segments_count", b"segments_count", "sm_pct", b"sm_pct", "started_unix_ns", b"started_unix_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "device_time_ns", b"device_time_ns", "emulated", b"emulated", "execute_ns", b"execute_ns", "gate_wait_ns", b"gate_wait_ns", "line_ns", b"line_ns", "request_permille", b"request_permille", "results", b"results", "segments_count", b"segments_count", "sm_pct", b"sm_pct", "started_unix_ns", b"started_unix_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,7 +70,7 @@ class WorkerLink:
         self._clock = clock
         self._open_channel = open_channel
         self._settings = settings
-        self._outbox: asyncio.Queue[BatchOrder] = asyncio.Queue()
+        self._outbox: asyncio.Queue[BatchOrder | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     def start(self, group: asyncio.TaskGroup) -> None:
@@ -99,7 +99,7 @@ class WorkerLink:
 
     async def _serve(self) -> tuple[bool, str]:
         """Runs one stream to its end; returns whether anything was answered on it, and why it ended."""
-        outbox: asyncio.Queue[BatchOrder] = asyncio.Queue()
+        outbox: asyncio.Queue[BatchOrder | None] = asyncio.Queue()
         self._outbox = outbox
         up = served = False
         async with self._open_channel(self._address) as channel:
@@ -117,14 +117,29 @@ class WorkerLink:
                 reason = f"not reachable within {self._settings.connect_timeout_s} s"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            finally:
+                # Or grpc.aio would read requests for a broken stream for ever.
+                outbox.put_nowait(None)
+            if _told_to_end():
+                raise asyncio.CancelledError
             if up:
                 self._listener.link_down(reason)
         return served, reason
 
 
-async def _requests(outbox: asyncio.Queue[BatchOrder]) -> AsyncIterator[pb.ExecuteRequest]:
-    while True:
-        yield _request(await outbox.get())
+def _told_to_end() -> bool:
+    """Whether this task was cancelled and that has been lost on the way.
+
+    grpc.aio (seen with 1.85) swallows a cancellation that meets a stream on which nothing has been answered yet; if the
+    stream breaks at the same moment, its reader sees nothing but the stream's error.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _requests(outbox: asyncio.Queue[BatchOrder | None]) -> AsyncIterator[pb.ExecuteRequest]:
+    while (order := await outbox.get()) is not None:
+        yield _request(order)
 
 
 def _request(order: BatchOrder) -> pb.ExecuteRequest:
@@ -145,7 +160,8 @@ def _answer(response: pb.ExecuteResponse) -> BatchAnswer:
         if result.HasField("error"):
             items.append(Failure(_KINDS.get(result.error.kind, FailureKind.MODEL), result.error.message))
         else:
-            items.append(Answer(tuple(TensorData(t.name, t.datatype, tuple(t.shape), t.raw) for t in result.outputs)))
+            outputs = tuple(TensorData(t.name, t.datatype, tuple(t.shape), t.raw) for t in result.outputs)
+            items.append(Answer(outputs, emulated=response.emulated))
     return BatchAnswer(
         batch=response.batch,
         items=tuple(items),

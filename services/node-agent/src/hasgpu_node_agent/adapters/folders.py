@@ -6,10 +6,12 @@
 ├── instances/<id>/
 │   ├── worker.log, worker.log.1  stdout and stderr of all its workers; the older part
 │   └── worker-<generation>/      one worker process: config.json, status.json, record.json
-└── profiles/<id>/                the same, while a profiling run lasts
+├── profiles/<id>/                the same, while a profiling run lasts
+└── mps/<gpu>/                    its MPS daemon: sockets, logs, daemon.json
 
 /dev/shm/hasgpu-<user>-<node>/    what processes share page by page, away from any disk: writing a disk back can stop
 ├── <gpu>-row-<n>.gate            whoever touches a page of it, and with the gate's holder its whole row
+├── <gpu>.ledger                  SMs in use while rows of the device may overlap
 └── <id>.worker-<n>.control       (<state dir>/<node>/pages/ where there is no /dev/shm)
 ```
 """
@@ -146,6 +148,14 @@ class NodeFolders:
     def gate(self, gpu: str, row: int) -> Path:
         """Returns the file of a row's gate."""
         return self.pages / f"{gpu}-row-{row}.gate"
+
+    def ledger(self, gpu: str) -> Path:
+        """Returns the file of a device's ledger of SMs in use."""
+        return self.pages / f"{gpu}.ledger"
+
+    def mps(self, gpu: str) -> Path:
+        """Returns the private folder of a GPU's MPS daemon."""
+        return self.root / "mps" / gpu
 
     def drop_pages(self) -> None:
         """Deletes the shared pages; only when no worker runs any more."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hasgpu_core.errors import HasgpuError
-from hasgpu_core.resources import Allocation
-from hasgpu_device import status
+from hasgpu_core.resources import Allocation, InstanceState
+from hasgpu_device import ledger, status
 from hasgpu_device.control import ControlBlock, Shares
 from hasgpu_device.gate import RowGate
 from hasgpu_device.worker_config import WorkerConfig
@@ -20,8 +21,12 @@ from hasgpu_node_agent.adapters.folders import NodeFolders, WorkerFolder
 from hasgpu_node_agent.adapters.process import Process, running_workers, worker_argv
 from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.ports import Adopted, Counters, LaunchRequest, WorkerRecord, WorkerStatus
+from hasgpu_node_agent.row_layout import Lease, has_places
 
 log = logging.getLogger(__name__)
+
+FAULT = re.compile(r"(CUDA|MPS|SM)_[A-Z0-9_]+[ :]")
+"""How the status of a worker that met a fault of its device begins."""
 
 
 class ProcessLauncher:
@@ -30,15 +35,26 @@ class ProcessLauncher:
     Args:
         folders: Of the node.
         cores: Cores of each CPU device, by its name.
+        profiles: Profile file of each emulated device, by its name.
+        environment: Returns that of a worker; None: it inherits the agent's. Raises HasgpuError.
         listen_host: Where workers listen.
         advertise_host: What gateways dial.
     """
 
     def __init__(
-        self, folders: NodeFolders, cores: Mapping[str, float], *, listen_host: str, advertise_host: str
+        self,
+        folders: NodeFolders,
+        cores: Mapping[str, float],
+        *,
+        profiles: Mapping[str, str] | None = None,
+        environment: Callable[[LaunchRequest], Mapping[str, str] | None] = lambda request: None,
+        listen_host: str,
+        advertise_host: str,
     ) -> None:
         self._folders = folders
         self._cores = cores
+        self._profiles = profiles or {}
+        self._environment = environment
         self._listen_host = listen_host
         self._advertise_host = advertise_host
 
@@ -53,16 +69,19 @@ class ProcessLauncher:
         folder.path.mkdir(parents=True)
         gate = folder.gate if request.profiling else self._folders.gate(request.device.gpu, request.row)
         try:
-            RowGate.create(gate).close()
-            control = ControlBlock.create(folder.control, _shares(request.allocation))
+            environment = self._environment(request)
+            if has_places(request.device):
+                ledger.create(self._folders.ledger(request.device.gpu))
+            row_gate = RowGate.create(gate)
+            control = ControlBlock.create(folder.control, _shares(request.allocation, request.lease))
         except HasgpuError as error:
             raise OSError(str(error)) from error
         self._config(request, folder, gate).save(folder.config)
         record = _record(request)
         folder.write_record(record)
         with folder.open_log() as output:
-            process = Process.start(worker_argv(folder.config), output, on_exit)
-        return RealWorker(process, control, folder, record)
+            process = Process.start(worker_argv(folder.config), output, on_exit, environment)
+        return RealWorker(process, control, row_gate, folder, record)
 
     def adopt(self, on_exit: Callable[[], None]) -> Sequence[Adopted]:
         """Returns the workers that run under this node's folder; kills those that can't be adopted, clears up.
@@ -78,7 +97,8 @@ class ProcessLauncher:
             try:
                 if record is None or folder.path.is_relative_to(self._folders.profiles):
                     raise FileNotFoundError(f"{folder.record} can't be used")
-                worker = RealWorker(process, ControlBlock.open(folder.control), folder, record)
+                gate = RowGate.open(self._folders.gate(record.gpu, record.row))
+                worker = RealWorker(process, ControlBlock.open(folder.control), gate, folder, record)
             except (HasgpuError, OSError) as error:
                 log.warning("worker %d is ended: %s", pid, error)
                 process.send(signal.SIGKILL)
@@ -119,6 +139,11 @@ class ProcessLauncher:
             gpu=request.device.gpu,
             device_cores=self._cores[request.device.gpu],
             backend=request.device.backend,
+            mode=request.device.mode,
+            gpu_uuid=request.device.uuid,
+            sm_rungs_pct=request.device.sm_rungs_pct,
+            ledger_path=str(self._folders.ledger(request.device.gpu)) if has_places(request.device) else "",
+            profile_path=self._profiles.get(request.device.gpu, ""),
             parameters=spec.parameters,
             execution_timeout_ms=spec.execution_timeout_ms,
             memory_bytes=request.allocation.memory_bytes,
@@ -130,9 +155,12 @@ class ProcessLauncher:
 class RealWorker:
     """Implements `hasgpu_node_agent.ports.WorkerProcess`."""
 
-    def __init__(self, process: Process, control: ControlBlock, folder: WorkerFolder, record: WorkerRecord) -> None:
+    def __init__(
+        self, process: Process, control: ControlBlock, gate: RowGate, folder: WorkerFolder, record: WorkerRecord
+    ) -> None:
         self._process = process
         self._control = control
+        self._gate = gate
         self._folder = folder
         self._record = record
         self._last: Counters | None = None
@@ -152,9 +180,28 @@ class RealWorker:
         said = status.WorkerStatus.load(self._folder.status)
         return WorkerStatus(said.state, said.reason, said.address) if said is not None else None
 
-    def write_share(self, allocation: Allocation) -> int:
-        """Writes a share into the control block; returns its epoch."""
-        return self._control.write_shares(_shares(allocation))
+    @property
+    def has_device_fault(self) -> bool:
+        """Whether it ended because the device failed under it; of one that an earlier agent started, by its status."""
+        if self._process.exit_code is not None or self._process.exit_reason is None:
+            return self._process.exit_code == status.EXIT_DEVICE_FAULT
+        said = self.status()
+        return said is not None and said.state is InstanceState.FAILED and FAULT.match(said.reason) is not None
+
+    def write_share(self, allocation: Allocation, lease: Lease) -> int:
+        """Writes a share and its SMs into the control block; a worker that waits at the gate is woken for it.
+
+        Returns:
+            The epoch that it will confirm.
+        """
+        epoch = self._control.write_shares(_shares(allocation, lease))
+        self._gate.poke(self.pid)
+        return epoch
+
+    def written_lease(self) -> tuple[Lease, int]:
+        """Returns the SMs last written and their epoch; raises HasgpuError when the block is damaged."""
+        shares = self._control.read_shares()
+        return Lease(shares.first_pct, shares.sm_pct, shares.exclusive), shares.epoch
 
     def note_share(self, allocation: Allocation, revision: int) -> None:
         """Notes the share in force in the worker's record."""
@@ -208,14 +255,17 @@ class RealWorker:
                 self._last = self.counters()
             self._last = self._last or Counters(0, 0, 0)
             self._control.close()
+            self._gate.close()
         self._folder.remove()
 
 
-def _shares(allocation: Allocation) -> Shares:
+def _shares(allocation: Allocation, lease: Lease) -> Shares:
     return Shares(
         request_permille=allocation.request_permille,
         limit_permille=allocation.limit_permille,
-        sm_pct=allocation.sm_pct,
+        sm_pct=lease.width_pct,
+        first_pct=lease.first_pct,
+        exclusive=lease.exclusive,
     )
 
 

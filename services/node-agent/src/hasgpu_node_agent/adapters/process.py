@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -27,15 +27,29 @@ class Process:
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = self._loop.create_future()
+        self.exit_code: int | None = None
+        """None: it runs, or it was no child of this process."""
         self._pidfd = -1
         self._released = False
         self._watch()
 
     @classmethod
-    def start(cls, argv: Sequence[str], output: IO[bytes], on_exit: Callable[[], None]) -> Process:
-        """Starts a process in a session of its own, so that it outlives this one. Raises OSError."""
+    def start(
+        cls,
+        argv: Sequence[str],
+        output: IO[bytes],
+        on_exit: Callable[[], None],
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
+        """Starts a process in a session of its own, so that it outlives this one; without an environment of its own it
+        inherits this one's. Raises OSError."""
         child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
         return cls(child.pid, child, on_exit)
 
@@ -107,7 +121,7 @@ class Process:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        code = self._child.wait() if self._child is not None else None
+        self.exit_code = code = self._child.wait() if self._child is not None else None
         if not self._ended.done():
             self._ended.set_result(exit_in_words(code))
             self._on_exit()
