@@ -31,13 +31,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hasgpu.node_agent.v1 import node_agent_pb2 as pb
-from hasgpu_core.resources import InstanceState
-
-from hasgpu_device import engine
 from hasgpu_device.backends.cpu import usable_cores
-from hasgpu_device.conformance_tenant import BATCH_SEGMENTS, HANG_S, SEGMENT_NS, Instance, Segment, Tenant, make_config
-from hasgpu_device.control import ControlBlock, Counters, Shares
+from hasgpu_device.conformance_tenant import (
+    BATCH_SEGMENTS,
+    HANG_S,
+    SEGMENT_NS,
+    Instance,
+    Segment,
+    Tenant,
+    make_config,
+    wait_until,
+)
+from hasgpu_device.control import Counters, Shares
 from hasgpu_device.gate import RowGate
 
 DEVICES = ("cpu", "cuda", "emulated", "fake")
@@ -46,7 +51,6 @@ SHARE_DEVICE_NS = 1_000_000_000
 TOLERANCE = 0.05
 CPU_TOLERANCE = 0.15
 """A busy host withholds CPU time from one tenant and not from another."""
-_POLL_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +81,6 @@ class Bench:
         """Starts a tenant process in a row."""
         gate = self.folder / f"row{row}.gate"
         return Tenant(self.device, self.folder, name, gate, shares, mode=self.mode)
-
-
-def wait_until(what: str, done: Callable[[], bool]) -> None:
-    """Waits; AssertionError when it takes longer than a hang's bound."""
-    give_up_ns = time.monotonic_ns() + round(HANG_S * 1e9)
-    while not done():
-        assert time.monotonic_ns() < give_up_ns, f"not within {HANG_S:g} s: {what}"
-        time.sleep(_POLL_S)
 
 
 def check_charged(bench: Bench) -> str:
@@ -314,50 +310,18 @@ def check_drain(bench: Bench) -> str:
         assert len(leaver.segments()) == counters.segments_count
         with RowGate.open(leaver.config.gate_path) as gate:
             assert gate.members() == (), "it left the gate"
-    served = _drain_engine(bench) if bench.device != "fake" else 0
-    return f"{counters.batches_count} whole batches" + (f"; the engine finished {served}" if served else "")
+    return f"{counters.batches_count} whole batches{_engine_drains(bench)}"
 
 
-_HANDLER = """
-import torch
-
-def load():
-    return torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
-
-def infer(batch, model):
-    x = torch.as_tensor(batch["x"], device=next(model.parameters()).device)
-    return {"y": model(x).cpu().numpy()}
-"""
-
-
-def _drain_engine(bench: Bench) -> int:
-    (bench.folder / "handler.py").write_text(_HANDLER, encoding="utf-8")
+def _engine_drains(bench: Bench) -> str:
+    if bench.device == "fake":
+        return ""
+    try:
+        from hasgpu_device.conformance_engine import check_engine_drains
+    except ModuleNotFoundError as error:
+        return f"; the engine was left out: {error}"  # a bare GPU machine has no protobuf
     config = make_config(bench.device, bench.folder, "engine", bench.folder / "engine.gate", mode=bench.mode)
-    answers: dict[int, pb.ExecuteResponse] = {}
-
-    def job(number: int) -> engine.BatchJob:
-        tensor = pb.Tensor(name="x", datatype="FP32", shape=[1, 4], raw=bytes(16))
-        request = pb.ExecuteRequest(batch=number, items=[pb.BatchItem(rows=1, inputs=[tensor])])
-        return engine.BatchJob(request=request, answer=lambda response: answers.__setitem__(number, response))
-
-    shares = Shares(1_000, 1_000, bench.whole_pct)
-    with ControlBlock.create(config.control_path, shares) as control, RowGate.create(config.gate_path):
-        worker = engine.Engine(config, control, on_change=lambda: None)
-        worker.start()
-        wait_until("the engine is ready", lambda: worker.state is not InstanceState.LOADING)
-        assert worker.state is InstanceState.READY, worker.reason
-        for number in range(8):
-            worker.submit(job(number))
-        worker.is_draining = True
-        worker.submit(job(8))
-        wait_until("all are answered", lambda: len(answers) == 9)
-        worker.stop()
-        worker.thread.join(HANG_S)
-        assert not worker.thread.is_alive(), "the executor ends"
-    kinds = [answers[number].results[0].error.kind for number in range(9)]
-    assert kinds == [0] * 8 + [pb.ERROR_KIND_DRAINING], f"8 answers and a refusal, got {kinds}: {answers}"
-    assert all(answers[number].emulated == (bench.device == "emulated") for number in range(8))
-    return 8
+    return f"; the engine finished {check_engine_drains(config, Shares(1_000, 1_000, bench.whole_pct))}"
 
 
 CHECKS: dict[str, Callable[[Bench], str]] = {

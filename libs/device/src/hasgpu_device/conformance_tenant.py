@@ -61,6 +61,17 @@ class Segment:
     """Likewise."""
 
 
+_POLL_S = 0.002
+
+
+def wait_until(what: str, done: Callable[[], bool]) -> None:
+    """Waits; AssertionError when it takes longer than a hang's bound."""
+    give_up_ns = time.monotonic_ns() + round(HANG_S * 1e9)
+    while not done():
+        assert time.monotonic_ns() < give_up_ns, f"not within {HANG_S:g} s: {what}"
+        time.sleep(_POLL_S)
+
+
 def make_config(device: str, folder: Path, name: str, gate: Path, *, mode: str = "") -> WorkerConfig:
     """Returns what a worker of that device would be told."""
     return WorkerConfig(
