@@ -30,7 +30,7 @@ SEGMENTS_MS = (1.0, 5.0, 15.0)
 TENANTS = (2, 4, 8)
 SETTLE_S = 1.0
 SAMPLE_S = 1.0
-ROWS_SM_PCT = 33
+ROWS_SM_PCT = 25
 RESULTS = Path(__file__).parent / "results"
 
 

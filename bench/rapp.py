@@ -1,88 +1,213 @@
-"""The predictor's error on configurations that it has not seen, and how long a surface takes.
+"""The latency predictor's error on configurations and models that it has not seen, and what it costs.
 
-    python bench/rapp.py --profiles ../shared/data/profiles/v100 --json bench/results/cpu/rapp.json
+    python bench/rapp.py --profiles ../shared/data/profiles/v100 --json bench/results/v100/rapp.json
 
-Of every model in `latency.csv.gz` a random tenth of the rows is held out; one predictor is trained on the rest and
-each model's surface, made monotone as it is served, is compared with the held-out rows. `--repeats` does it with as
-many seeds. Time is wall clock on the machine that it runs on, medians.
+Cross-validated on the given files: a random tenth of all rows held out (`--repeats` seeds), seven random folds of
+models, and each family of models held out in turn, predicted from operators and 11 probes (five rows and six graph
+probes); the folds also with 0, 3, 5 and 25 probes. Beside them the noise of the data. Errors are mean absolute errors
+in per cent of the measured latency, over surfaces made monotone as they are served. `--quick`: a part of the models.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hasgpu_predictor import Axes, FunctionView, LatencyModel, Profile, ProfilePoint, TrainingSettings
-from hasgpu_predictor.model import held_out_errors
+from hasgpu_predictor.dataset import Measured
+from hasgpu_predictor.evaluation import Data, ProbeRows, evaluate, samples_of, training_settings
+from hasgpu_predictor.operators import Array
+from hasgpu_predictor.page import family_of
+from hasgpu_predictor.surface import Axes, monotone
+from hasgpu_predictor.transfer import Probes, Sample, TransferModel, TransferSettings, probes_of, train_transfer
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICE_MODEL = "v100"
 SURFACE = Axes((1, 2, 4, 8), tuple(range(5, 101, 5)), tuple(range(100, 1001, 100)))
 HELD_OUT_SHARE = 0.1
+FOLDS_COUNT = 7
+PROBE_COUNTS = (0, 3, 5, 11, 25)
 
 
-def read_points(path: Path) -> dict[str, list[ProfilePoint]]:
-    """Returns the points of each model; latencies are means of 180 runs."""
-    points: dict[str, list[ProfilePoint]] = {}
-    with gzip.open(path, "rt", newline="") as file:
-        for row in csv.DictReader(file):
-            points.setdefault(row["model"], []).append(
-                ProfilePoint(
-                    batch=int(row["batch"]),
-                    sm_pct=int(row["sm_pct"]),
-                    quota_permille=10 * int(row["quota_pct"]),
-                    latency_s=float(row["latency_ms"]) / 1e3,
-                    repetitions_count=180,
-                )
-            )
-    return points
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Of one prediction of one model, rows that were probes left out."""
+
+    ape_pct: Array
+    covered: NDArray[np.bool_]
+    monotone: bool
 
 
-def evaluate(points: dict[str, list[ProfilePoint]], seed: int, settings: TrainingSettings) -> dict[str, object]:
-    """Trains on nine tenths and returns the errors on the tenth, the training time and surface times."""
-    rng = np.random.default_rng(seed)
-    held = {name: rng.random(len(rows)) < HELD_OUT_SHARE for name, rows in points.items()}
-    known = {name: [p for p, out in zip(points[name], held[name], strict=True) if not out] for name in points}
-    unseen = {name: [p for p, out in zip(points[name], held[name], strict=True) if out] for name in points}
-    began_s = time.perf_counter()
-    model = LatencyModel.train(
-        [Profile(name, DEVICE_MODEL, tuple(rows)) for name, rows in known.items()],
-        device_model=DEVICE_MODEL,
-        version=1,
-        settings=settings,
-    )
-    train_s = time.perf_counter() - began_s
-    pairs = {name: held_out_errors(model, known[name], unseen[name]) for name in points if unseen[name]}
-    errors = np.concatenate([ours for ours, _ in pairs.values()])
-    physical = np.concatenate([theirs for _, theirs in pairs.values()])
-    first = next(iter(known.values()))
-    profile, view = Profile("", DEVICE_MODEL, tuple(first)), FunctionView(first)
-    configurations = SURFACE.configurations()
+def probes_with(sample: Sample, count: int, rng: np.random.Generator) -> Probes:
+    """Returns 0, 3 (quotas 20, 60, 100), 5 (quotas by 20), 11 (and six graph probes) or 25 (and 14 random rows)."""
+    quotas = {0: (), 3: (20.0, 60.0, 100.0)}.get(count, (20.0, 40.0, 60.0, 80.0, 100.0))
+    probes = probes_of(sample, 4, 100, quotas)
+    graph = probes.graph_ms if count >= 11 else {}
+    others: tuple[tuple[float, float, float, float], ...] = ()
+    if count > 11:
+        free = np.flatnonzero(~is_probe(sample.configurations, probes))
+        chosen = rng.permutation(free)[: count - 11]
+        rows = np.column_stack([sample.configurations, sample.latency_ms])[chosen].tolist()
+        others = tuple((b, s, q, ms) for b, s, q, ms in rows)
+    return Probes(probes.batch, probes.sm_pct, probes.by_quota_ms, graph, others)
+
+
+def is_probe(configurations: Array, probes: Probes) -> NDArray[np.bool_]:
+    """Marks the rows that were looked at."""
+    batch, sm, quota = configurations.T
+    mask = (batch == probes.batch) & (sm == probes.sm_pct) & np.isin(quota, list(probes.by_quota_ms))
+    for b, s, q, _ in probes.others:
+        mask |= (batch == b) & (sm == s) & (quota == q)
+    return np.asarray(mask)
+
+
+def errors_of(model: TransferModel, sample: Sample, probes: Probes) -> Errors:
+    """Predicts a model that was not trained on."""
+    surface = model.surface(model.view(sample.workload, probes), SURFACE)
+    keep = ~is_probe(sample.configurations, probes)
+    batch, sm, quota = sample.configurations[keep].T
+    measured_s = sample.latency_ms[keep] / 1e3
+    predicted_s = surface.at(batch, sm, 10 * quota)
+    bounds = surface.bounds_at(batch, sm, 10 * quota)
+    covered = np.ones(len(batch), bool) if bounds is None else (bounds[0] <= measured_s) & (measured_s <= bounds[1])
+    steps = (np.diff(surface.latency_s, axis=1) > 0).any() or (np.diff(surface.latency_s, axis=2) > 0).any()
+    return Errors(100 * np.abs(predicted_s / measured_s - 1), covered, not steps)
+
+
+def unseen_models(
+    samples: Mapping[str, Sample],
+    folds: Mapping[str, Sequence[str]],
+    counts: Sequence[int],
+    options: argparse.Namespace,
+) -> dict[str, object]:
+    """Trains without each fold in turn and predicts it with each number of probes."""
+    rng = np.random.default_rng(options.seed)
+    found: dict[int, dict[str, dict[str, Errors]]] = {count: {} for count in counts}
+    train_s = []
+    for name, models in folds.items():
+        began_s = time.perf_counter()
+        model = train_transfer(
+            [sample for m, sample in samples.items() if m not in models],
+            TransferSettings(seed=options.seed, threads_count=options.threads),
+        )
+        train_s.append(time.perf_counter() - began_s)
+        for count in counts:
+            found[count][name] = {m: errors_of(model, samples[m], probes_with(samples[m], count, rng)) for m in models}
+        told = ", ".join(f"{count} probes {fold_mape(found[count][name]):.2f} %" for count in counts)
+        print(f"without {name} ({len(models)} models): {told}; trained in {train_s[-1]:.1f} s", flush=True)
     return {
-        "mape_pct": 100 * float(errors.mean()),
-        "median_ape_pct": 100 * float(np.median(errors)),
-        "p95_ape_pct": 100 * float(np.quantile(errors, 0.95)),
-        "physical_mape_pct": 100 * float(physical.mean()),
-        "mape_by_model_pct": {name: round(100 * float(ours.mean()), 2) for name, (ours, _) in pairs.items()},
-        "rows_unseen": len(errors),
-        "rows_trained": sum(map(len, known.values())),
-        "train_s": train_s,
-        "surface_ms": median_ms(lambda: model.surface(profile, SURFACE)),
-        "latencies_ms": median_ms(lambda: model.latencies_s(view, configurations)),
+        "train_s": statistics.median(train_s),
+        "by_probes": {str(count): digest(found[count]) for count in counts},
     }
 
 
-def median_ms(work: Callable[[], object], times: int = 20) -> float:
+def fold_mape(errors: Mapping[str, Errors]) -> float:
+    """Mean over the rows of a fold."""
+    return float(np.concatenate([e.ape_pct for e in errors.values()]).mean())
+
+
+def digest(folds: Mapping[str, Mapping[str, Errors]]) -> dict[str, object]:
+    """Returns means over folds and models, coverage over rows."""
+    every = {model: errors for fold in folds.values() for model, errors in fold.items()}
+    ape = np.concatenate([e.ape_pct for e in every.values()])
+    return {
+        "mape_pct_mean_over_folds": statistics.mean(fold_mape(fold) for fold in folds.values()),
+        "mape_pct_by_fold": {name: round(fold_mape(fold), 2) for name, fold in folds.items()},
+        "median_ape_pct": float(np.median(ape)),
+        "p95_ape_pct": float(np.quantile(ape, 0.95)),
+        "coverage_90_pct": 100 * float(np.concatenate([e.covered for e in every.values()]).mean()),
+        "surfaces_not_monotone": sum(not e.monotone for e in every.values()),
+        "mape_pct_by_model": {model: round(float(e.ape_pct.mean()), 2) for model, e in sorted(every.items())},
+    }
+
+
+def unseen_configurations(data: Data, seed: int, threads: int) -> dict[str, object]:
+    """Holds a tenth of the rows out."""
+    rng = np.random.default_rng(seed)
+    kept, held = {}, {}
+    for name, table in sorted(data.latencies.items()):
+        out = rng.random(len(table.latency_ms)) < HELD_OUT_SHARE
+        kept[name] = Measured(table.configurations[~out], table.latency_ms[~out])
+        held[name] = Measured(table.configurations[out], table.latency_ms[out])
+    result = evaluate(
+        Data(kept, data.operators, data.graph_probes),
+        Data(held, data.operators, data.graph_probes),
+        ProbeRows(),
+        now_s=time.perf_counter,
+        training=training_settings(seed=seed, threads_count=threads),
+    )
+    summary = result.summary()
+    return {
+        key: value for key, value in summary.items() if key not in ("unseen_models", "units", "already_trained_rows")
+    }
+
+
+def noise(data: Data) -> dict[str, float]:
+    """What no predictor can know, in per cent.
+
+    `neighbours`: how far a cell is from the mean of the next smaller and larger SM share at its batch and quota (a
+    prediction from both sides), over sqrt(3/2), which is what independent noise of a cell makes of it.
+    `closest_monotone`: the error of the monotone surface made of the measured latencies themselves.
+    `one_curve`: the error of the larger of a cell's device time, read from its own row of quotas, and the one launch
+    curve of its model that errs least, both from the very rows that are judged.
+    """
+    near, closest, curve = [], [], []
+    for table in data.latencies.values():
+        axes = [np.unique(column) for column in table.configurations.T]
+        logs = np.full([len(axis) for axis in axes], np.nan)
+        index = tuple(np.searchsorted(axis, c) for axis, c in zip(axes, table.configurations.T, strict=True))
+        logs[index] = np.log(table.latency_ms)
+        middle = logs[:, 1:-1] - (logs[:, :-2] + logs[:, 2:]) / 2
+        near.append(np.abs(middle[np.isfinite(middle)]))
+        filled = np.where(np.isfinite(logs), logs, _filled(logs))
+        closest.append(np.abs(np.expm1(monotone(filled) - logs)[np.isfinite(logs)]))
+        ordered = np.sort(np.where(np.isfinite(logs), logs, np.inf), axis=2)[..., :3]
+        low = np.where(np.isfinite(ordered[..., 1]), ordered[..., 1], np.minimum(ordered[..., 0], 20.0))
+        for k in range(logs.shape[2]):
+            known = np.isfinite(logs[..., k])
+            column, floor = logs[..., k][known], low[known]
+            levels = np.quantile(column, np.linspace(0, 1, 41)) if len(column) else []
+            tried = [np.abs(np.expm1(np.maximum(floor, level) - column)) for level in levels]
+            curve += [min(tried, key=lambda e: float(e.mean()))] if tried else []
+    return {
+        "neighbours_pct": 100 * float(np.concatenate(near).mean()) / 1.5**0.5,
+        "closest_monotone_pct": 100 * float(np.concatenate(closest).mean()),
+        "one_curve_pct": 100 * float(np.concatenate(curve).mean()),
+    }
+
+
+def _filled(logs: Array) -> Array:
+    """Holes take the value of the nearest SM share."""
+    out = logs.copy()
+    for b in range(out.shape[0]):
+        for q in range(out.shape[2]):
+            known = np.flatnonzero(np.isfinite(out[b, :, q]))
+            if len(known):
+                out[b, :, q] = np.interp(np.arange(out.shape[1]), known, out[b, known, q])
+    return np.where(np.isfinite(out), out, np.nanmax(logs))
+
+
+def surface_ms(samples: Mapping[str, Sample], options: argparse.Namespace) -> dict[str, float]:
+    """Times a surface of 800 configurations, of a view that is known and of a new one."""
+    model = train_transfer(list(samples.values()), TransferSettings(seed=options.seed, threads_count=options.threads))
+    sample = next(iter(samples.values()))
+    probes = probes_of(sample, 4, 100)
+    view = model.view(sample.workload, probes)
+    known = median_ms(lambda: model.surface(view, SURFACE), 200)
+    fresh = median_ms(lambda: model.surface(model.view(sample.workload, probes), SURFACE), 20)
+    return {"surface_800_ms": known, "surface_800_of_new_model_ms": fresh}
+
+
+def median_ms(work: Callable[[], object], times: int) -> float:
     """Returns the median wall-clock time of a call."""
     taken = []
     for _ in range(times):
@@ -92,47 +217,75 @@ def median_ms(work: Callable[[], object], times: int = 20) -> float:
     return statistics.median(taken)
 
 
+def folds_of(models: Sequence[str], seed: int, count: int) -> dict[str, list[str]]:
+    """Returns random folds of models."""
+    fold_of = np.random.default_rng(seed).permutation(len(models)) % count
+    return {f"fold {f + 1}": [m for m, g in zip(models, fold_of, strict=True) if g == f] for f in range(count)}
+
+
+def families_of(models: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the families, by name."""
+    families: dict[str, list[str]] = {}
+    for model in models:
+        family = family_of(model)
+        families.setdefault("vgg" if family.startswith("vgg") else family, []).append(model)
+    return families
+
+
+def measure(data: Data, options: argparse.Namespace) -> dict[str, object]:
+    """Runs everything."""
+    with_operators = [model for model in sorted(data.latencies) if model in data.operators]
+    samples = dict(zip(with_operators, samples_of(data), strict=True))
+    result: dict[str, object] = {"noise": noise(data)}
+    print("noise of the data:", json.dumps(result["noise"]), flush=True)
+    runs = []
+    for seed in range(options.seed, options.seed + options.repeats):
+        runs.append(unseen_configurations(data, seed, options.threads))
+        print(
+            f"seed {seed}: unseen configurations {runs[-1]['mape']:.2f} %, before made monotone "
+            f"{runs[-1]['mape_unconstrained']:.2f} %, in the interval {runs[-1]['coverage_90']:.1f} %, trained in "
+            f"{runs[-1]['train_s']:.1f} s",
+            flush=True,
+        )
+    result["unseen_configurations"] = runs
+    count = min(FOLDS_COUNT, max(2, len(samples) // 3))
+    result["unseen_models"] = unseen_models(
+        samples, folds_of(with_operators, options.seed, count), PROBE_COUNTS, options
+    )
+    families = families_of(with_operators)
+    if options.quick:
+        families = dict(list(families.items())[:1])
+    result["family_left_out"] = unseen_models(samples, families, (0, 11), options)
+    result |= surface_ms(samples, options)
+    result["max_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
 def main() -> int:
     """Runs the benchmark; 0 also when there is nothing to measure, which is said."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profiles", type=Path, default=ROOT.parent / "shared/data/profiles/v100")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/cpu/rapp.json")
-    parser.add_argument("--models", type=int, default=0, help="take so many of the models; 0: all")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/v100/rapp.json")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="every sixth model, one family")
     options = parser.parse_args()
-    path = options.profiles / "latency.csv.gz"
-    if not path.exists():
-        print(f"skipped: {path} is not there (pass --profiles)")
+    files = [options.profiles / name for name in ("latency.csv.gz", "model_ops.csv.gz", "sm_probes.csv")]
+    if not all(path.exists() for path in files):
+        print(f"skipped: the profiles are not in {options.profiles} (pass --profiles)")
         return 0
-    points = read_points(path)
-    if options.models:
-        step = max(1, len(points) // options.models)
-        points = {name: points[name] for name in sorted(points)[::step][: options.models]}
-    settings = TrainingSettings(cross_validate=False, threads_count=os.cpu_count() or 1)
-    runs = []
-    for seed in range(options.repeats):
-        runs.append(evaluate(points, seed, settings))
-        print(
-            f"seed {seed}: {len(points)} models, {runs[-1]['rows_unseen']} unseen rows: "
-            f"MAPE {runs[-1]['mape_pct']:.2f} % (physical estimate alone {runs[-1]['physical_mape_pct']:.2f} %), "
-            f"median {runs[-1]['median_ape_pct']:.2f} %, trained in {runs[-1]['train_s']:.1f} s, "
-            f"{SURFACE.configurations().shape[0]} configurations in {runs[-1]['surface_ms']:.1f} ms "
-            f"(of which predicted in {runs[-1]['latencies_ms']:.1f} ms)",
-            flush=True,
-        )
+    data = Data.read(*files)
+    if options.quick:
+        data, options.repeats = data.only(set(sorted(data.latencies)[::6])), 1
     result = {
         "benchmark": "rapp",
-        "data": "shared/data/profiles/v100/latency.csv.gz",
+        "data": "profiles/v100",
+        "quick": options.quick,
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
-        "held_out_share": HELD_OUT_SHARE,
-        "models_count": len(points),
-        "surface_configurations_count": SURFACE.configurations().shape[0],
-        "unseen_configurations": {
-            key: statistics.mean(float(run[key]) for run in runs)  # type: ignore[arg-type]  # these are numbers
-            for key in runs[0]
-            if key != "mape_by_model_pct"
-        },
-        "runs": runs,
+        "models_count": len(data.latencies),
+        "rows_count": sum(len(table.latency_ms) for table in data.latencies.values()),
+        **measure(data, options),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from hasgpu_device import futex, gate_file, quota
 from hasgpu_device.control import Shares
@@ -26,8 +26,7 @@ from hasgpu_device.gate_file import SLOTS, GateFile
 from hasgpu_device.quota import NOBODY, Account
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """The device is held."""
 
     wait_ns: int

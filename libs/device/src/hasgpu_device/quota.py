@@ -9,7 +9,7 @@ segment.
 relative quota is a time (for how long the instance has not used its share), here called *lag*.
 
 **Turns.** Changing over from one instance to another costs the row some tens of microseconds, so an instance that is
-entitled keeps the device for a turn of an eighth of a window before the order is looked at again. A turn never goes on
+entitled keeps the device for a turn of a quarter of a window before the order is looked at again. A turn never goes on
 beyond its quota: over-use stays below one segment.
 
 **Overload.** Buckets fill by the row's own clock. It follows the host's monotonic clock while the row keeps up. When
@@ -33,7 +33,7 @@ PERMILLE = 1_000
 UNLIMITED_PERMILLE = 1_000
 """At this limit the second bucket is not looked at: nobody can use more than the whole device."""
 FOREVER_NS = 1 << 62
-TURN_PART = 8
+TURN_PART = 4
 """A turn is this part of a window: long beside a change-over, short beside what a waiter can bear."""
 CREDIT_PART = 4
 """While nobody waits, up to this part of a window is charged in one."""

@@ -97,7 +97,7 @@ class SegmentRunner:
         self.gate_wait_ns = 0
         self._batches_count = 0
         self._ended_ns = 0
-        self._due: tuple[Run, int] | None = None
+        self._due: tuple[Run, Grant, int, int] | None = None
         self._published_ns = 0
         self._epoch = 0
         self.lingers = False
@@ -108,7 +108,8 @@ class SegmentRunner:
     def poll(self) -> None:
         """Puts changed shares into force while no batch runs; called by the executor thread every few milliseconds."""
         self._member.poll()
-        self._apply()
+        if self._member.shares is not self._applied:
+            self._apply()
 
     @property
     def used_ns(self) -> int:
@@ -183,28 +184,29 @@ class SegmentRunner:
         if self.backend.running_ns() < self._segment_ns:
             return
         self._end(run)
-        grant = self._member.renew(self._ended_ns)
+        self._begin(self._member.renew(self._ended_ns))
+        # The next segment runs already: noting what the last one took is at this instance's own expense.
         self._note_ended()
         if self._used_ns - self._published_ns >= PUBLISH_NS:
             self._publish()
-        self._begin(grant)
 
     def _begin(self, grant: Grant) -> None:
-        run = self._run
-        assert run is not None
-        self._grant = grant
-        run.gate_wait_ns += grant.wait_ns
-        self.gate_wait_ns += grant.wait_ns
-        self._apply()
+        """Starts the segment that was granted, at once; all else comes after."""
+        if self._member.shares is not self._applied:
+            self._apply()
+        waited_ns = grant.wait_ns
         if self._ledger is not None and self._member.shares.exclusive:
             shares = self._member.shares
             self._in_ledger = True
-            waited_ns = self._ledger.take(shares.first_pct, shares.sm_pct)
-            run.gate_wait_ns += waited_ns
-            self.gate_wait_ns += waited_ns
+            waited_ns += self._ledger.take(shares.first_pct, shares.sm_pct)
+        self.backend.start_segment()
+        run = self._run
+        assert run is not None
         self._segment_start_unix_ns = time.time_ns()
         self._held_since_ns = time.monotonic_ns()
-        self.backend.start_segment()
+        self._grant = grant
+        run.gate_wait_ns += waited_ns
+        self.gate_wait_ns += waited_ns
 
     def _end(self, run: Run) -> None:
         """Ends the segment on the device. The others wait for it: what can be noted later is (`_note_ended`)."""
@@ -215,20 +217,19 @@ class SegmentRunner:
             self._in_ledger = False
         self._held_before_ns += time.monotonic_ns() - self._held_since_ns
         self._held_since_ns = 0
-        self._due = (run, time.time_ns())
+        self._due = (run, self._grant, self._segment_start_unix_ns, time.time_ns())
 
     def _note_ended(self) -> None:
         """Books the segment that ended last, once."""
         if self._due is None:
             return
-        run, end_unix_ns = self._due
+        run, grant, start_unix_ns, end_unix_ns = self._due
         self._due = None
-        device_ns, grant = self._ended_ns, self._grant
+        device_ns = self._ended_ns
         run.device_ns += device_ns
         run.segments_count += 1
         run.longest_segment_ns = max(run.longest_segment_ns, device_ns)
         if len(run.segments) < MAX_RECORDED_SEGMENTS:
-            start_unix_ns = self._segment_start_unix_ns
             run.segments.append(SegmentRecord(start_unix_ns, end_unix_ns, grant.wait_ns, device_ns, grant.borrowed))
         self._used_ns += device_ns
         self._borrowed_ns += device_ns if grant.borrowed else 0
@@ -242,8 +243,6 @@ class SegmentRunner:
     def _apply(self) -> None:
         """Gives the next segment the SM share in force and acknowledges the epoch."""
         shares = self._member.shares
-        if shares is self._applied:
-            return
         before = self._applied
         if before is None or (shares.sm_pct, shares.first_pct) != (before.sm_pct, before.first_pct):
             self.backend.apply_sm(shares.sm_pct, shares.first_pct)

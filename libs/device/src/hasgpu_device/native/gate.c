@@ -21,7 +21,7 @@
 #define NOBODY (-1)
 #define LOCK_OFFSET (1 << 20)
 #define PERMILLE 1000
-#define TURN_PART 8
+#define TURN_PART 4
 #define CREDIT_PART 4
 #define STALE_WINDOWS 8
 #define LINGER_PART 8
