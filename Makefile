@@ -70,6 +70,10 @@ demo: $(READY) ## deploy two models, replay a load, watch their shares; writes o
 
 bench: $(READY) ## measure; JSON under bench/results/
 	$(BIN)/python bench/quota.py --device cpu
+	$(BIN)/python bench/quota.py --device emulated
+	$(BIN)/python bench/resize.py --device cpu
+	$(BIN)/python bench/resize.py --device emulated
+	$(BIN)/python bench/emulated.py
 	$(BIN)/python bench/gateway.py
 	$(BIN)/python bench/rapp.py
 	$(BIN)/python bench/queue_order.py
