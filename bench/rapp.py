@@ -3,9 +3,10 @@
     python bench/rapp.py --profiles ../shared/data/profiles/v100 --json bench/results/v100/rapp.json
 
 Cross-validated on the given files: a random tenth of all rows held out (`--repeats` seeds), seven random folds of
-models, and each family of models held out in turn, predicted from operators and 11 probes (five rows and six graph
-probes); the folds also with 0, 3, 5 and 25 probes. Beside them the noise of the data. Errors are mean absolute errors
-in per cent of the measured latency, over surfaces made monotone as they are served. `--quick`: a part of the models.
+models, and each family of three models or more held out in turn, predicted from operators and 11 probes (five rows
+and six graph probes); the folds also with 0, 3, 5 and 25 probes. Beside them the noise of the data. Errors are mean
+absolute errors in per cent of the measured latency, over surfaces made monotone as they are served. `--quick`: a part
+of the models.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SURFACE = Axes((1, 2, 4, 8), tuple(range(5, 101, 5)), tuple(range(100, 1001, 100)))
 HELD_OUT_SHARE = 0.1
 FOLDS_COUNT = 7
+FAMILY_MIN = 3
+"""Smaller ones are left out: one or two models tell little of a family."""
 PROBE_COUNTS = (0, 3, 5, 11, 25)
 
 
@@ -224,20 +227,20 @@ def folds_of(models: Sequence[str], seed: int, count: int) -> dict[str, list[str
 
 
 def families_of(models: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the families, by name."""
+    """Returns the families of at least FAMILY_MIN models, by name."""
     families: dict[str, list[str]] = {}
     for model in models:
-        family = family_of(model)
-        families.setdefault("vgg" if family.startswith("vgg") else family, []).append(model)
-    return families
+        families.setdefault(family_of(model), []).append(model)
+    return {name: members for name, members in families.items() if len(members) >= FAMILY_MIN}
 
 
-def measure(data: Data, options: argparse.Namespace) -> dict[str, object]:
-    """Runs everything."""
+def measure(data: Data, options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Runs everything; yields what there is after each part, so that a run that is cut short leaves its figures."""
     with_operators = [model for model in sorted(data.latencies) if model in data.operators]
     samples = dict(zip(with_operators, samples_of(data), strict=True))
     result: dict[str, object] = {"noise": noise(data)}
     print("noise of the data:", json.dumps(result["noise"]), flush=True)
+    yield result
     runs = []
     for seed in range(options.seed, options.seed + options.repeats):
         runs.append(unseen_configurations(data, seed, options.threads))
@@ -248,17 +251,19 @@ def measure(data: Data, options: argparse.Namespace) -> dict[str, object]:
             flush=True,
         )
     result["unseen_configurations"] = runs
+    yield result
     count = min(FOLDS_COUNT, max(2, len(samples) // 3))
     result["unseen_models"] = unseen_models(
         samples, folds_of(with_operators, options.seed, count), PROBE_COUNTS, options
     )
+    result |= surface_ms(samples, options)
+    result["max_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    yield result
     families = families_of(with_operators)
     if options.quick:
         families = dict(list(families.items())[:1])
     result["family_left_out"] = unseen_models(samples, families, (0, 11), options)
-    result |= surface_ms(samples, options)
-    result["max_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return result
+    yield result
 
 
 def main() -> int:
@@ -278,17 +283,17 @@ def main() -> int:
     data = Data.read(*files)
     if options.quick:
         data, options.repeats = data.only(set(sorted(data.latencies)[::6])), 1
-    result = {
+    head = {
         "benchmark": "rapp",
         "data": "profiles/v100",
         "quick": options.quick,
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
         "models_count": len(data.latencies),
         "rows_count": sum(len(table.latency_ms) for table in data.latencies.values()),
-        **measure(data, options),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for result in measure(data, options):
+        options.json.write_text(json.dumps(head | result, indent=1) + "\n")
     print(f"written: {options.json}")
     return 0
 

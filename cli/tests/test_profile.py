@@ -164,6 +164,10 @@ def test_the_whole_grid_is_measured_written_and_handed_to_rapp(services: Service
     assert result.exit_code == 0, result.output
     assert cells(services.asked[0]) == ALL
     assert services.asked[0].budget_ms == 60_000
+    order = [(c.batch, c.sm_pct, c.quota_permille) for c in services.asked[0].configurations]
+    assert services.asked[0].in_order
+    assert order != sorted(order), "what tells most for its seconds comes first"
+    assert order[0] == (1, 100, 1_000)
     assert services.asked[0].gpu == "gpu0"
     profile = read(out)
     assert {row.cell[1:] for row in profile.rows} == ALL

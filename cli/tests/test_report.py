@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hasgpu_cli.demo.report import write_report
-from hasgpu_cli.demo.report_data import DemoRun, FunctionRun, InstanceSample, Sample, count_actions, device_seconds
+from hasgpu_cli.demo.report_data import (
+    DemoRun,
+    FunctionRun,
+    InstanceSample,
+    Prediction,
+    Sample,
+    count_actions,
+    device_seconds,
+)
 from hasgpu_cli.load import OK, Answer, Outcome, Replay
 
 BEGAN_NS = 1_000_000_000_000
@@ -40,10 +49,18 @@ def sample(at_s: float, *quotas: int) -> Sample:
     return Sample(at_s, tuple(InstanceSample("f", f"f-{i}", "ready", 50, quota) for i, quota in enumerate(quotas)))
 
 
-def demo_run(outcomes: list[Outcome], decisions: list[dict[str, Any]], samples: list[Sample]) -> DemoRun:
+PREDICTION = Prediction("profiled", 200, 15.2, 10.0, 15.0, 34.2, 1.31, 1.49, 1.5, "it drifts <fast>")
+
+
+def demo_run(
+    outcomes: list[Outcome],
+    decisions: list[dict[str, Any]],
+    samples: list[Sample],
+    prediction: Prediction | None = PREDICTION,
+) -> DemoRun:
     due_s = [outcome.due_s for outcome in outcomes]
     summary = Replay(due_s, outcomes).summary(100)
-    function = FunctionRun("f", due_s, outcomes, summary, decisions, 0.5, 1e-6, ("a note",))
+    function = FunctionRun("f", due_s, outcomes, summary, decisions, 0.5, 1e-6, ("a note",), prediction)
     return DemoRun("cpu-2c", BEGAN_NS, 10.0, 8.0, [function], samples, {"paraphrase": 0.6, "unrelated": -0.1})
 
 
@@ -91,12 +108,35 @@ def test_the_files(tmp_path: Path) -> None:
     assert html.count("<svg") == 3
     assert "rate &lt;5&gt; &amp; rising" in html
     assert "a note" in html
+    assert function["prediction"] == asdict(PREDICTION)
+    for cell in ("15.2", "10.0", "34.2 %", "1.3 %", "1.50", "it drifts &lt;fast&gt;"):
+        assert f">{cell}</td>" in html
     assert not re.search(r"(src|href)=\"http", html), "the page must stand alone"
     assert not re.search(r"#0[1-5]0[0-9]0[0-9]\b", html), "every stand-in colour is a variable by now"
     assert "var(--series-0)" in html
 
 
 def test_a_run_without_anything_still_gives_a_page(tmp_path: Path) -> None:
-    data, page = write_report(demo_run([], [], []), tmp_path)
+    data, page = write_report(demo_run([], [], [], prediction=None), tmp_path)
+    assert "no batch was observed" in page.read_text()
     assert json.loads(data.read_text())["functions"]["f"]["p95_ms"] is None
     assert "none" in page.read_text()
+
+
+def test_a_prediction_is_read_from_what_rapp_describes() -> None:
+    state: dict[str, Any] = {
+        "basis": "profiled",
+        "correction": {"factor": 1.49, "run_factor": 1.5, "drift": ""},
+        "observed": {
+            "batches_count": 200,
+            "observed_run_ns": 15_200_000,
+            "predicted_run_ns": 10_000_000,
+            "corrected_run_ns": 15_000_000,
+            "median_run_error_pct": 34.2,
+            "corrected_median_run_error_pct": 1.31,
+        },
+    }
+    found = Prediction.of(state)
+    assert found is not None
+    assert (found.observed_ms, found.predicted_ms, found.corrected_ms) == (15.2, 10.0, 15.0)
+    assert Prediction.of({**state, "observed": None}) is None

@@ -64,6 +64,16 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
         ControlBlock.create(path)
 
 
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    ControlBlock.create(path).close()
+    content = bytearray(path.read_bytes())
+    content[8:12] = (99).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ControlBlockError, match="version 99, this program knows 2"):
+        ControlBlock.open(path)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ControlBlockError, match="No such file"):
         ControlBlock.open(tmp_path / "nothing")

@@ -287,6 +287,14 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
         GateMember(path, Shares(1, 1))
 
 
+def test_another_version_is_refused(gate: RowGate) -> None:
+    content = bytearray(gate.path.read_bytes())
+    content[8:12] = (99).to_bytes(4, "little")
+    gate.path.write_bytes(content)
+    with pytest.raises(GateError, match="version 99, this program knows 2"):
+        GateMember(gate.path, Shares(1, 1))
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="No such file"):
         RowGate.open(tmp_path / "nothing")

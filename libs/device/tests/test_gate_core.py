@@ -110,7 +110,8 @@ def test_both_cores_leave_equal_pages(
                 "lingers": rng.random() < 0.3,
                 "changed": changed,
             }
-            found = [outcome(stage.cores[slot].step(operation, now_ns, **arguments)) for stage in stages]
+            at_ns = max(0, now_ns - rng.choice([0, 0, 2 * MS]))  # kept from the section after looking at the clock
+            found = [outcome(stage.cores[slot].step(operation, at_ns, **arguments)) for stage in stages]
             assert found[0] == found[1], operation
             assert stages[0].page().hex(" ", 8) == stages[1].page().hex(" ", 8), operation
     finally:
@@ -154,6 +155,29 @@ def test_a_grant_that_is_not_taken_up_is_void_after_a_window(stage: Stage) -> No
     assert not second.step(Operation.LOOK, 45 * MS).granted
     first.step(Operation.RELEASE, 46 * MS, device_ns=0)
     assert second.step(Operation.LOOK, 47 * MS).granted
+
+
+def test_one_who_comes_late_does_not_make_time_count_twice(stage: Stage) -> None:
+    first, second = stage.cores
+    first.step(Operation.POLL, 10 * MS)
+    second.step(Operation.POLL, 4 * MS)
+    first.step(Operation.ACQUIRE, 12 * MS)
+    clock = stage.members[0]._file.load().clock
+    assert (clock.virtual_ns, clock.seen_ns) == (12 * MS, 12 * MS)
+    second.step(Operation.ACQUIRE, 3 * MS)
+    assert stage.members[0]._file.load().stamps_ns[1] == 12 * MS, "or what it is granted would be void at once"
+
+
+def test_the_first_after_a_restart_of_the_host_sets_the_clock(stage: Stage) -> None:
+    file = stage.members[0]._file
+    with file.locked():
+        row = file.load()
+        row.clock.seen_ns = 1 << 60
+        file.store_row(row)
+    with GateMember(stage.path, Shares(500, 500)) as member:
+        assert file.load().clock.seen_ns < 1 << 60
+        assert not member.acquire().borrowed
+        member.release(MS)
 
 
 def test_ending_what_is_not_held_is_refused(stage: Stage) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,28 @@ def test_the_range_of_a_killed_holder_is_free_again(path: Path) -> None:
         holder.communicate()
         member.take(25, 75)
         assert member.ranges() == (RangeView(25, 75, True),)
+
+
+def test_a_forked_child_does_not_keep_its_parents_range(path: Path) -> None:
+    script = HOLDER.replace(
+        "time.sleep(600)", "import os\npid = os.fork()\nprint(pid, flush=True) if pid else None\ntime.sleep(600)"
+    )
+    assert script != HOLDER
+    holder = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    child = int(holder.stdout.readline())
+    try:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with SmLedger(path) as member:
+            end = time.monotonic() + 60
+            while member.ranges():  # the child may not have come to itself yet
+                assert time.monotonic() < end
+                time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
 
 
 @given(ranges=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 100)), min_size=3, max_size=3))

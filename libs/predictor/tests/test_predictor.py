@@ -13,10 +13,8 @@ from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, TensorSpec
 from hasgpu_predictor import (
     FEATURES,
     Axes,
-    Correction,
     FunctionView,
     LatencyModel,
-    ObservedBatch,
     Profile,
     ProfilePoint,
     Surface,
@@ -128,7 +126,7 @@ def test_learnt_residual_beats_the_physical_estimate() -> None:
 
 
 def test_learnt_part_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasgpu_predictor.model._cross_validated", lambda *_: (9.0, 5.0))
+    monkeypatch.setattr("hasgpu_predictor.model._cross_validated", lambda *_: (9.0, 5.0, None))
     told: list[str] = []
     profile = measured(noise=0.1)
     model = LatencyModel.train([profile], device_model="cpu-2c", version=1, settings=FAST, progress=told.append)
@@ -356,28 +354,6 @@ def test_static_guess_never_forbids(slo_ms: int, backend: str) -> None:
     assert table.basis == "static"
     assert table.infeasible_reason == ""
     assert table.capacity_rps(100, 1000) > 0
-
-
-def test_correction_needs_enough_batches_and_is_bounded() -> None:
-    physical = fit_physical(measured().points)
-
-    def batches(count: int, ratio: float) -> list[ObservedBatch]:
-        return [ObservedBatch(2, 50, ratio * float(physical.device_time_s(2, 50))) for _ in range(count)]
-
-    correction = Correction()
-    correction.observe(batches(19, 1.5))
-    assert not correction.update(physical)
-    correction.observe(batches(1, 1.5))
-    assert correction.update(physical)
-    assert correction.factor == pytest.approx(1.5)
-    correction.observe(batches(200, 1.6))
-    assert not correction.update(physical), "within the dead band"
-    correction.observe(batches(200, 9.0))
-    assert correction.update(physical)
-    assert correction.factor == 2.0
-    correction.observe(batches(90, 40.0) + batches(110, 1.0))
-    assert correction.update(physical)
-    assert correction.factor == pytest.approx(1.0), "the median is not moved by outliers"
 
 
 def test_workload_covers_what_decides_the_device_work() -> None:

@@ -229,6 +229,30 @@ async def test_a_workers_fault_that_reaches_all_clients_restarts_them_and_is_nam
     assert bench.log == [], "a fault is mended once"
 
 
+@pytest.mark.parametrize("is_moved_before", [True, False])
+async def test_a_fault_stays_with_its_device_when_the_instance_is_moved(bench: Bench, is_moved_before: bool) -> None:
+    share = bench.make.share(300, sm=50)
+    moved = [bench.make.planned(f"f-{n}", share, gpu="gpu0" if n == 1 else "gpu1") for n in range(3)]
+    if is_moved_before:
+        bench.world.plan(2, *moved)
+    bench.world.process("f-0").fault("CUDA_ERROR_ECC_UNCORRECTABLE (214): uncorrectable ECC error, while loading")
+    await bench.world.step()
+    assert "CUDA_ERROR_ECC_UNCORRECTABLE" in bench.world.event("f-0").reason
+    if not is_moved_before:
+        await bench.look()
+        assert bench.health() is DeviceHealth.LOST
+        bench.world.plan(2, *moved)
+    await bench.world.step()
+    await bench.look("gpu1")
+    assert bench.health("gpu1") is DeviceHealth.OK, "the device that it was moved to has not failed"
+    bench.world.clock.advance(1)
+    await bench.world.step(2)
+    bench.all_ready()
+    await bench.world.step()
+    assert bench.states()[0] == bench.states()[2] == "ready"
+    assert bench.world.event("f-0").gpu == "gpu1"
+
+
 async def test_a_fault_of_one_worker_alone_restarts_it_alone(bench: Bench) -> None:
     bench.world.process("f-0").fault("CUDA_ERROR_OUT_OF_MEMORY (2): while loading")
     await bench.world.step()

@@ -175,6 +175,27 @@ async def test_a_worker_that_cannot_be_adopted_is_ended(
     assert list(folders.instances.iterdir()) == list(folders.profiles.iterdir()) == []
 
 
+async def test_pages_of_another_version_are_made_anew(
+    launcher: ProcessLauncher, folders: NodeFolders, make: Any
+) -> None:
+    worker = launcher.launch(request(make), lambda: None)
+    gate = folders.gate("cpu0", 1)
+    content = bytearray(gate.read_bytes())
+    content[8:12] = (99).to_bytes(4, "little")
+    gate.write_bytes(content)
+    with pytest.raises(OSError, match="version 99"):
+        launcher.launch(request(make, 2), lambda: None)
+    # The next agent can't adopt what works with them, and starts all anew.
+    assert launcher.adopt(lambda: None) == []
+    assert await worker.wait() == "was killed by SIGKILL"
+    worker.remove()
+    again = launcher.launch(request(make), lambda: None)
+    (adopted,) = launcher.adopt(lambda: None)
+    assert gate.exists(), "the pages of those that run stay"
+    await end(adopted.process)
+    await again.wait()
+
+
 async def test_a_long_log_is_set_aside_when_a_worker_starts(
     launcher: ProcessLauncher, folders: NodeFolders, make: Any
 ) -> None:

@@ -20,6 +20,7 @@ from hasgpu_node_agent.profiling import (
     ends_first,
     repetitions,
 )
+from hasgpu_node_agent.retirer import TERMINATE_TIMEOUT_S
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def profiler(world: Any) -> Profiler:
         client=world.client,
         clock=world.clock,
         spawn=world.spawn,
+        end=world.reconciler.retirer.end,
     )
 
 
@@ -127,6 +129,16 @@ async def test_named_configurations_at_small_quotas_alone_are_measured(
     assert words[-1] == "batch 2, SM 50 %, quota 20 %: 2 of 2"
 
 
+async def test_an_order_that_says_so_is_measured_in_its_order(world: Any, make: Any, profiler: Profiler) -> None:
+    cells = ((1, 100, 1_000), (8, 100, 1_000), (1, 25, 1_000), (1, 100, 200), (2, 50, 1_000), (1, 100, 1_000))
+    named = tuple(Configuration(*cell) for cell in cells)
+    points, words = await collect(world, profiler, order(make, configurations=named, in_order=True))
+    assert [p.configuration for p in points] == list(named[:5])
+    assert words[-1] == "batch 2, SM 50 %, quota 100 %: 5 of 5"
+    with pytest.raises(InvalidError, match="in_order: expected configurations beside"):
+        order(make, in_order=True).validate()
+
+
 async def test_the_budget_of_named_configurations_is_not_overrun(world: Any, make: Any, profiler: Profiler) -> None:
     world.client.on_measure = lambda batch: world.clock.advance(5.0)
     named = tuple(Configuration(batch, 100, 1_000) for batch in (1, 2, 4, 8))
@@ -200,7 +212,31 @@ async def test_a_caller_that_goes_leaves_nothing_behind(world: Any, make: Any, p
             if isinstance(item, Point):
                 break
     await world.step()
-    assert world.launcher.started[0].signals == ["KILL"]
+    assert world.launcher.started[0].signals == ["TERM"]
+    assert world.launcher.started[0].removed
+    assert profiler.processes == {}
+
+
+async def test_a_worker_that_does_not_end_is_no_client_of_its_gpu_any_more_when_it_is_killed(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    order_of_end: list[str] = []
+
+    async def before_kill(gpu: str, pid: int) -> None:
+        process = world.launcher.started[0]
+        order_of_end.extend([*process.signals, f"client {pid - process.pid} of {gpu}"])
+
+    world.sites.before_kill = before_kill
+    async with aclosing(profiler.run(order(make))) as items:
+        async for item in items:
+            if isinstance(item, Point):
+                world.launcher.started[0].heeds_terminate = False
+                break
+    began_s = world.clock.now_s()
+    await world.step()
+    assert world.clock.now_s() - began_s == TERMINATE_TIMEOUT_S, "it is given time"
+    assert order_of_end == ["TERM", "client 0 of cpu0"]
+    assert world.launcher.started[0].signals == ["TERM", "KILL"]
     assert world.launcher.started[0].removed
     assert profiler.processes == {}
 
@@ -251,6 +287,7 @@ async def test_where_sms_are_fixed_each_share_has_a_worker_of_its_own(make: Any)
         client=world.client,
         clock=world.clock,
         spawn=world.spawn,
+        end=world.reconciler.retirer.end,
     )
     wanted = ProfileOrder(make.function().spec, "gpu0", batches=(1,), sm_pcts=(50, 100), quotas_permille=(1_000, 500))
     points = []

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import io
 import tarfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,39 @@ async def test_a_node_that_is_back_does_not_hide_what_the_new_one_says(world: An
     publisher.gone("f", "f-0")
     await publisher.write_all()
     assert await last(bus, subject) is None
+
+
+async def test_an_instance_does_not_wait_for_another_ones_subject(world: Any, make: Any) -> None:
+    looking: set[str] = set()
+    all_look, may_look = asyncio.Event(), asyncio.Event()
+
+    class SlowBus(MemoryBus):
+        """Each look takes until the test lets it."""
+
+        @asynccontextmanager
+        async def watch(self, *patterns: str) -> AsyncIterator[Any]:
+            looking.update(patterns)
+            if len(looking) == len(names):
+                all_look.set()
+            await may_look.wait()
+            async with super().watch(*patterns) as changes:
+                yield changes
+
+    bus = SlowBus()
+    publisher = BusPublisher(bus, "n", lambda i: (world.event(i), {}), lambda _: None, lambda i: i == "f-0")
+    names = [f"f-{n}" for n in range(4)]
+    world.plan(1, *(make.planned(name, make.share(100)) for name in names))
+    await world.step()
+    for name in names:
+        await bus.put(instance_subject("f", name), encode(world.event(name)))
+        publisher.gone("f", name)
+    leaving = asyncio.create_task(publisher.write_all())
+    async with asyncio.timeout(60):
+        await all_look.wait()
+        assert not leaving.done()
+    may_look.set()
+    await leaving
+    assert [await last(bus, instance_subject("f", name)) for name in names] == [None] * len(names)
 
 
 def tarball(content: bytes) -> bytes:

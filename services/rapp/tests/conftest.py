@@ -38,6 +38,7 @@ from hasgpu_runtime.telemetry import Telemetry
 
 DEVICE_MODEL = "cpu-2c"
 RUNGS = (25, 50, 75, 100)
+OVERHEAD_S = 0.001
 TIMEOUT_S = 30
 
 
@@ -62,15 +63,21 @@ def spec(name: str = "fn", **changes: Any) -> FunctionSpec:
 
 @dataclass
 class FakeAgent(node_agent_pb2_grpc.NodeAgentServiceServicer):
-    """Answers Profile from the formula; raises what it is told to, as often as told."""
+    """Answers Profile from the formula, on a grid of its own; raises what it is told to, as often as told."""
 
     errors: list[HasgpuError] = field(default_factory=list)
     always: HasgpuError | None = None
     hold: asyncio.Event | None = None
     runs_count: int = 0
+    slower: float = 1.0
+    """Device times are so many times the formula."""
+    obeys: bool = False
+    """It measures the configurations that it is asked for."""
+    requests: list[node_agent_pb2.ProfileRequest] = field(default_factory=list)
 
     async def Profile(self, request: Any, context: Any) -> AsyncIterator[node_agent_pb2.ProfileResponse]:
         self.runs_count += 1
+        self.requests.append(request)
         yield node_agent_pb2.ProfileResponse(progress="loading")
         if self.hold is not None:
             await self.hold.wait()
@@ -78,21 +85,22 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServiceServicer):
             raise self.always
         if self.errors:
             raise self.errors.pop(0)
-        for batch in (1, 2, 4, 8):
-            for sm in RUNGS:
-                for quota in (200, 500, 1000):
-                    d = true_device_time_s(batch, sm)
-                    yield node_agent_pb2.ProfileResponse(
-                        point=node_agent_pb2.ProfilePoint(
-                            batch=batch,
-                            sm_pct=sm,
-                            quota_permille=quota,
-                            latency_ns=round(max(d + 0.001, d * 1000 / quota) * 1e9),
-                            device_time_ns=round(d * 1e9),
-                            longest_segment_ns=5_000_000,
-                            repetitions_count=5,
-                        )
-                    )
+        cells = [(batch, sm, quota) for batch in (1, 2, 4, 8) for sm in RUNGS for quota in (200, 500, 1000)]
+        if self.obeys:
+            cells = [(c.batch, c.sm_pct, c.quota_permille) for c in request.configurations]
+        for batch, sm, quota in cells:
+            d = self.slower * true_device_time_s(batch, sm)
+            yield node_agent_pb2.ProfileResponse(
+                point=node_agent_pb2.ProfilePoint(
+                    batch=batch,
+                    sm_pct=sm,
+                    quota_permille=quota,
+                    latency_ns=round(max(d + OVERHEAD_S, d * 1000 / quota) * 1e9),
+                    device_time_ns=round(d * 1e9),
+                    longest_segment_ns=5_000_000,
+                    repetitions_count=5,
+                )
+            )
 
 
 class Rig:
@@ -150,6 +158,11 @@ class Rig:
 
     async def observe(self, ratio: float, *, batches_count: int, revision: int = 1) -> None:
         observation = BatchObservation(2, 50, 500, 1, round(ratio * true_device_time_s(2, 50) * 1e9))
+        await self.observe_batches((observation,) * 32, batches_count=batches_count, revision=revision)
+
+    async def observe_batches(
+        self, observations: tuple[BatchObservation, ...], *, batches_count: int, revision: int = 1
+    ) -> None:
         event = InstanceEvent(
             function="fn",
             instance="fn-1",
@@ -165,7 +178,7 @@ class Rig:
             device_model=DEVICE_MODEL,
             plan_revision=1,
             batches_count=batches_count,
-            observations=(observation,) * 32,
+            observations=observations,
         )
         await self.bus.put(instance_subject("fn", "fn-1"), wire.encode(event))
 

@@ -8,6 +8,7 @@ import pytest
 from hasgpu_core.errors import ModelError, UnavailableError
 from hasgpu_core.events import capacity_subject, function_subject, node_subject
 from hasgpu_core.function import Artifact
+from hasgpu_rapp.queries import Queries
 
 from .conftest import DEVICE_MODEL, RUNGS, Rig, profiled, spec, true_device_time_s
 
@@ -20,8 +21,8 @@ async def test_new_function_gets_a_static_then_a_profiled_table(rig: Rig) -> Non
         static = await rig.table()
         assert static.basis == "static"
         assert static.capacity_rps(100, 1000) > 0
-        await rig.until(lambda: "loading" in app.profiling_texts().values())
-        assert app.profiling_texts() == {f"fn on {DEVICE_MODEL}": "loading"}
+        await rig.until(lambda: "loading" in Queries(app).profiling_texts().values())
+        assert Queries(app).profiling_texts() == {f"fn on {DEVICE_MODEL}": "loading"}
         rig.agent.hold.set()
         table = await rig.table(profiled)
         assert table.version == 1
@@ -30,7 +31,7 @@ async def test_new_function_gets_a_static_then_a_profiled_table(rig: Rig) -> Non
         latency_s = table.latency_s(4, 50, 1000)
         assert latency_s == pytest.approx(true_device_time_s(4, 50) + 0.001, rel=0.1)
         assert rig.agent.runs_count == 1
-        await rig.until(lambda: not app.profiling_texts())
+        await rig.until(lambda: not Queries(app).profiling_texts())
 
 
 async def test_function_before_any_node_waits_for_one(rig: Rig) -> None:
@@ -69,6 +70,51 @@ async def test_corrupt_files_are_replaced(rig: Rig) -> None:
     async with rig.rapp():
         await rig.until(lambda: rig.agent.runs_count == 2)
         await rig.table(lambda t: profiled(t) and t.version == 3)
+
+
+@pytest.mark.parametrize("damage", ["no model", "foreign", "other device", "missing"])
+async def test_a_model_file_that_cannot_be_read_leaves_the_one_before(rig: Rig, damage: str) -> None:
+    async with rig.rapp() as app:
+        await rig.node()
+        await rig.deploy(spec())
+        await rig.table(profiled)
+        await app.trainer.train(DEVICE_MODEL)
+        served = app.predictions.served[DEVICE_MODEL]
+        folder = rig.repository._folder / DEVICE_MODEL / "model"
+        (binary,) = folder.glob("*.cbm")
+        card = folder / "card.json"
+        if damage == "no model":
+            binary.write_bytes(b"no model")
+        elif damage == "foreign":
+            card.write_text('{"format": "somebody else\'s"}')
+        elif damage == "other device":
+            card.write_text(card.read_text().replace(f'"{DEVICE_MODEL}"', '"abacus"'))
+        else:
+            binary.unlink()
+        await app.reconcile()
+        assert app.predictions.served[DEVICE_MODEL] is served, "nobody reads the file while a model serves"
+    async with rig.rapp() as app:
+        assert app.predictions.served[DEVICE_MODEL].model.card.version == 1
+        (note,) = [note for note in app.notes if "is left out" in note]
+        assert "the model model of" not in note
+        assert "the one before it serves" in note
+        assert (await rig.table()).basis == "profiled"
+        assert [card["version"] for card in Queries(app).versions()] == [2, 1]
+
+
+async def test_training_that_fails_keeps_the_served_model(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModelError("CatBoost can't fit 48 rows")
+
+    async with rig.rapp() as app:
+        await rig.node()
+        await rig.deploy(spec())
+        await rig.table(profiled)
+        served = app.predictions.served[DEVICE_MODEL].model
+        monkeypatch.setattr("hasgpu_predictor.LatencyModel.train", fail)
+        with pytest.raises(ModelError):
+            await app.trainer.train(DEVICE_MODEL)
+        assert app.predictions.served[DEVICE_MODEL].model is served
 
 
 async def test_change_of_objective_and_batch_limit_republishes_without_a_profile(rig: Rig) -> None:
@@ -137,7 +183,7 @@ async def test_handler_that_fails_to_load_is_told_and_not_tried_again(rig: Rig) 
     async with rig.rapp() as app:
         await rig.node()
         await rig.deploy(spec())
-        await rig.until(lambda: any("sklern" in text for text in app.profiling_texts().values()))
+        await rig.until(lambda: any("sklern" in text for text in Queries(app).profiling_texts().values()))
         for _ in range(3):
             rig.clock.advance(400)
             await rig.node()
@@ -227,7 +273,7 @@ async def test_repeated_observations_count_once(rig: Rig) -> None:
         for _ in range(5):
             await rig.observe(1.0, batches_count=12)
         await rig.observe(1.0, batches_count=13)
-        await rig.until(lambda: app.world._batches_read.get("fn-1") == 13)
+        await rig.until(lambda: app.world.batches_read.get("fn-1") == ("fn", 13))
         assert app.predictions.corrections["fn", DEVICE_MODEL].observed_count == 13
 
 
@@ -241,7 +287,7 @@ async def test_another_artifact_forgets_the_observations_of_the_one_before(rig: 
         await rig.deploy(spec(artifact=Artifact("d" * 64, 1)), revision=2)
         await rig.table(lambda t: profiled(t) and t.function_revision == 2)
         await rig.observe(1.0, batches_count=20)
-        await rig.until(lambda: app.world._batches_read.get("fn-1") == 20)
+        await rig.until(lambda: app.world.batches_read.get("fn-1") == ("fn", 20))
         assert app.predictions.corrections == {}
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from hasgpu_cli.commands.rapp_service import COMMANDS
+
 PROBE_ROWS = "batch=4,sm_pct=100,quota_pct=20/40/60/80/100"
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -47,8 +49,7 @@ def evaluate_command(
     Test models that are not in the training files are predicted from their operators, the probe rows and the graph
     probes; of others the configurations that the training files lack are predicted. Errors are in per cent.
     """
-    from hasgpu_predictor.evaluation import Data, ProbeRows, evaluate
-    from hasgpu_predictor.model import TrainingSettings
+    from hasgpu_predictor.evaluation import Data, ProbeRows, evaluate, training_settings
     from hasgpu_predictor.page import page
     from hasgpu_predictor.transfer import TransferSettings
 
@@ -63,7 +64,7 @@ def evaluate_command(
         transfer=TransferSettings(
             seed=seed, threads_count=threads, probe_batch=float(rows.batch), probe_sm_pct=rows.sm_pct
         ),
-        training=TrainingSettings(seed=seed, threads_count=threads, folds_count=10, folds_evaluated=1),
+        training=training_settings(seed=seed, threads_count=threads),
         progress=lambda text: click.echo(text, err=True),
     )
     figures = result.summary()
@@ -78,3 +79,7 @@ def evaluate_command(
         f"{figures['p95_ape']:.2f} % of {figures['n']} rows; {figures['coverage_90']:.1f} % in the 90 % interval; "
         f"trained in {figures['train_s']:.1f} s, {figures['predict_us_per_config']:.1f} us a configuration"
     )
+
+
+for _command in COMMANDS:
+    rapp_command.add_command(_command)

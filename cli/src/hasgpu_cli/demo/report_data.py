@@ -53,6 +53,45 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What was predicted of a function, against what its newest batches took; without the wait at the gate."""
+
+    basis: str
+    batches_count: int
+    observed_ms: float
+    """Median run of a batch, as are the next two."""
+    predicted_ms: float
+    corrected_ms: float
+    """As predicted, with the correction in force."""
+    error_pct: float
+    """Median of the batches' errors before the correction, ..."""
+    corrected_error_pct: float
+    """... and after it."""
+    factor: float
+    run_factor: float
+    drift: str = ""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Prediction | None:
+        """Returns that of a function's state as rapp describes it; None: nothing was observed."""
+        seen, correction = state["observed"], state["correction"]
+        if not seen:
+            return None
+        return cls(
+            basis=state["basis"],
+            batches_count=seen["batches_count"],
+            observed_ms=seen["observed_run_ns"] / 1e6,
+            predicted_ms=seen["predicted_run_ns"] / 1e6,
+            corrected_ms=seen["corrected_run_ns"] / 1e6,
+            error_pct=seen["median_run_error_pct"],
+            corrected_error_pct=seen["corrected_median_run_error_pct"],
+            factor=correction["factor"],
+            run_factor=correction["run_factor"],
+            drift=correction["drift"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionRun:
     """One function's part of a demo."""
 
@@ -67,6 +106,8 @@ class FunctionRun:
     largest_difference: float
     """Of any output element from the model called directly, over the answers checked before the replay."""
     notes: Sequence[str] = ()
+    prediction: Prediction | None = None
+    """None: no batch was observed, or rapp did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +170,5 @@ def _function_json(run: DemoRun, function: FunctionRun) -> dict[str, Any]:
         "peak_share": round(max((sample.share(function.name) for sample in run.samples), default=0.0), 4),
         "largest_difference": function.largest_difference,
         "actions": count_actions(function.decisions),
+        "prediction": asdict(function.prediction) if function.prediction is not None else None,
     }

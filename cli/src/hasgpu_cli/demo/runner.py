@@ -97,6 +97,7 @@ async def _demo(options: DemoOptions, home: Home, examples: Path, console: Conso
             f"an unrelated sentence at {ranking['unrelated']:.2f}"
         )
         tracker, replays, replay_s = await _replay(target, channel, plans, references, console)
+        predictions = await tracker.predictions()
     runs = [
         FunctionRun(
             plan.name,
@@ -107,6 +108,7 @@ async def _demo(options: DemoOptions, home: Home, examples: Path, console: Conso
             plan.factor,
             differences[plan.name],
             plan.notes,
+            predictions.get(plan.name),
         )
         for plan in plans
     ]
@@ -299,6 +301,14 @@ def _show(run: DemoRun, out: Path, console: Console) -> None:
             f"+{actions['horizontal_up']} -{actions['horizontal_down']}",
         )
     console.print(table)
+    for name, f in report["functions"].items():
+        if (seen := f["prediction"]) is not None:
+            console.print(
+                f"{name}: a batch ran {seen['observed_ms']:.1f} ms (median of the last {seen['batches_count']}), "
+                f"predicted {seen['predicted_ms']:.1f}, with the correction {seen['corrected_ms']:.1f} ms; "
+                f"median error {seen['error_pct']:.1f} % before it, {seen['corrected_error_pct']:.1f} % after",
+                soft_wrap=True,
+            )
     console.print(f"{data}\n{page}", soft_wrap=True)
     for name, f in report["functions"].items():
         if f["wrong_outputs"]:

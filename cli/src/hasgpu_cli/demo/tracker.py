@@ -10,8 +10,9 @@ from typing import Any
 from hasgpu_core.errors import HasgpuError
 
 from hasgpu_cli.client import Target
+from hasgpu_cli.commands.rapp_service import describe
 from hasgpu_cli.commands.scaling import explain
-from hasgpu_cli.demo.report_data import InstanceSample, LoadView, Sample
+from hasgpu_cli.demo.report_data import InstanceSample, LoadView, Prediction, Sample
 from hasgpu_cli.status import fetch_functions
 
 PERIOD_S = 0.5
@@ -57,6 +58,16 @@ class Tracker:
             for decision in await explain(self._target, name, limit=DECISIONS_LIMIT, include_idle=False):
                 if decision["decided_unix_ns"] >= self.began_unix_ns:
                     self._decisions[name][decision["decided_unix_ns"], decision["revision"]] = decision
+
+    async def predictions(self) -> dict[str, Prediction]:
+        """Returns what rapp says of its own predictions now, by function; those of which it has seen batches."""
+        try:
+            described = await describe(self._target)
+        except HasgpuError:
+            self.misses_count += 1
+            return {}
+        found = {state["function"]: Prediction.of(state) for state in described["functions"]}
+        return {name: prediction for name, prediction in found.items() if prediction is not None}
 
     def decisions(self, function: str) -> list[Mapping[str, Any]]:
         """What was decided of a function since the replay began, oldest first."""

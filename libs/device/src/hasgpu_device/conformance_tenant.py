@@ -199,8 +199,11 @@ class Tenant:
     def __init__(self, device: str, folder: Path, name: str, gate: Path, shares: Shares, *, mode: str = "") -> None:
         self.config = make_config(device, folder, name, gate, mode=mode)
         self.name = name
-        self.control = ControlBlock.create(self.config.control_path, shares)
         self.log_path = folder / f"{name}.log"
+        # What an earlier tenant of this name left would be taken for this one's.
+        for path in (Path(self.config.control_path), self.log_path):
+            path.unlink(missing_ok=True)
+        self.control = ControlBlock.create(self.config.control_path, shares)
         self.hold_path = folder / f"{name}.hold"
         self._gate = RowGate.create(gate)
         config_path = folder / f"{name}.json"

@@ -158,8 +158,9 @@ class GateMember:
         self._core = make_core(self._file, self._slot, os.getpid())
 
     def _attach(self, shares: Shares) -> int:
-        now_ns = time.monotonic_ns()
         with self._file.locked():
+            # In the section, so that it lies behind all that the row has seen, unless the host was restarted since.
+            now_ns = time.monotonic_ns()
             row = self._file.load()
             for slot in range(SLOTS):
                 if not self._file.take_slot(slot):

@@ -239,7 +239,10 @@ class PythonCore:
     ) -> Outcome:
         """Makes one pass, as in `Core`."""
         with self._file.locked():
-            row = self._load(now_ns)
+            row = self._file.load()
+            # Another may have looked at the clock later and been here first: going back would count that time twice.
+            now_ns = max(now_ns, row.clock.seen_ns)
+            self._tidy(row, now_ns)
             own = row.accounts[self._slot]
             if changed is not None:
                 quota.reshape(
@@ -361,9 +364,8 @@ class PythonCore:
         if row.holder == slot:
             row.holder = NOBODY
 
-    def _load(self, now_ns: int) -> Row:
-        """Reads the row, lets go of what the dead and the stopped hold, and moves the clock on."""
-        row = self._file.load()
+    def _tidy(self, row: Row, now_ns: int) -> None:
+        """Lets go of what the dead and the stopped hold, and moves the clock on."""
         for slot in list(row.accounts):
             if slot == self._slot:
                 continue
@@ -387,4 +389,3 @@ class PythonCore:
                     else:
                         self._drop(row, slot)
         quota.advance(row.clock, row.accounts, now_ns)
-        return row

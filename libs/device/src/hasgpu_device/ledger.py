@@ -24,6 +24,7 @@ import mmap
 import os
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,13 @@ class SmLedger:
         except LedgerError:
             os.close(self._descriptor)
             raise
+        _open_ledgers.add(self)
+
+    def forget(self) -> None:
+        """Closes the file without a word to the others: of a forked child, whose parent's ledger it is."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _map(self) -> mmap.mmap:
         size_bytes = os.fstat(self._descriptor).st_size
@@ -244,6 +252,18 @@ class SmLedger:
             yield
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+_open_ledgers: weakref.WeakSet[SmLedger] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # A forked child shares the open file and with it the lock: it would keep a dead parent's range taken.
+    for open_ledger in list(_open_ledgers):
+        open_ledger.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _overlap(first: int, width: int, other_first: int, other_width: int) -> bool:

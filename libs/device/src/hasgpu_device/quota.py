@@ -140,7 +140,8 @@ def advance(clock: RowClock, accounts: Mapping[int, Account], now_ns: int) -> No
     Args:
         clock: The row's clock.
         accounts: All live instances of the row, as they were since the last call.
-        now_ns: Monotonic time. If it lies before the last call (the host was restarted) the clock stands still.
+        now_ns: Monotonic time. If it lies before the last call the clock stands still, and goes on from there: only
+            the host's restart is a reason; one who comes late passes the time of the last call.
     """
     elapsed_ns = max(0, now_ns - clock.seen_ns)
     clock.seen_ns = now_ns

@@ -6,8 +6,9 @@ CatBoost is imported only when a model is fitted or read, so importing this pack
 """
 
 from hasgpu_predictor.capacity import SPREAD_FACTOR, capacity_table, surface_points, table_axes
-from hasgpu_predictor.correction import Correction, ObservedBatch
+from hasgpu_predictor.correction import Correction, Factors, ObservedBatch, ObservedError, SourceLevel, corrected
 from hasgpu_predictor.features import FEATURES, FunctionView
+from hasgpu_predictor.intervals import Intervals
 from hasgpu_predictor.model import (
     ROWS_MIN,
     LatencyModel,
@@ -16,35 +17,56 @@ from hasgpu_predictor.model import (
     profile_axes,
     static_surface,
 )
+from hasgpu_predictor.operators import V100, DataSheet, Operator, Workload
 from hasgpu_predictor.physical import PhysicalModel, fit_physical, static_physical
+from hasgpu_predictor.probe_plan import Probe, plan_probes, probe_candidates
 from hasgpu_predictor.profile import Profile, ProfilePoint, load_profile, save_profile, workload_digest
 from hasgpu_predictor.surface import Axes, Surface, batch_axis, canonical_axes
+from hasgpu_predictor.transfer import Probes, Sample, TransferModel, TransferSettings, TransferView, train_transfer
 
 __all__ = [
     "FEATURES",
     "ROWS_MIN",
     "SPREAD_FACTOR",
+    "V100",
     "Axes",
     "Correction",
+    "DataSheet",
+    "Factors",
     "FunctionView",
+    "Intervals",
     "LatencyModel",
     "ModelCard",
     "ObservedBatch",
+    "ObservedError",
+    "Operator",
     "PhysicalModel",
+    "Probe",
+    "Probes",
     "Profile",
     "ProfilePoint",
+    "Sample",
+    "SourceLevel",
     "Surface",
     "TrainingSettings",
+    "TransferModel",
+    "TransferSettings",
+    "TransferView",
+    "Workload",
     "batch_axis",
     "canonical_axes",
     "capacity_table",
+    "corrected",
     "fit_physical",
     "load_profile",
+    "plan_probes",
+    "probe_candidates",
     "profile_axes",
     "save_profile",
     "static_physical",
     "static_surface",
     "surface_points",
     "table_axes",
+    "train_transfer",
     "workload_digest",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hasgpu_core.capacity import CapacityPoint, CapacityTable, capacity_rps
 from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE
 
+from hasgpu_predictor.physical import Array
 from hasgpu_predictor.surface import Axes, Surface, batch_axis
 
 SPREAD_FACTOR = 1.15
@@ -35,16 +36,25 @@ def surface_points(surface: Surface, axes: Axes, *, slo_ms: int) -> tuple[Capaci
     axes.validate()
     configurations = axes.configurations()
     latencies_s = surface.at(*configurations.T).clip(max=LATENCY_MAX_S)
-    return tuple(
-        _point(int(batch), int(sm), int(quota), float(latency_s), slo_ms / 1e3)
-        for (batch, sm, quota), latency_s in zip(configurations, latencies_s, strict=True)
-    )
+    return capacity_points(configurations, latencies_s, slo_ms=slo_ms)
 
 
-def _point(batch: int, sm_pct: int, quota_permille: int, latency_s: float, slo_s: float) -> CapacityPoint:
-    left_s = slo_s - (SPREAD_FACTOR - 1.0) * latency_s
-    rate_rps = capacity_rps(batch=batch, latency_s=latency_s, slo_s=left_s)
-    return CapacityPoint(batch, sm_pct, quota_permille, latency_s, rate_rps)
+def capacity_points(configurations: Array, latencies_s: Array, *, slo_ms: int) -> tuple[CapacityPoint, ...]:
+    """Returns what rate each configuration sustains inside the objective, margin and queueing included.
+
+    Args:
+        configurations: Shape (n, 3): batch, sm_pct, quota_permille.
+        latencies_s: Shape (n,), means.
+    """
+    slo_s = slo_ms / 1e3
+    points = []
+    for (batch, sm_pct, quota), latency_s in zip(
+        configurations.astype(int).tolist(), latencies_s.tolist(), strict=True
+    ):
+        left_s = slo_s - (SPREAD_FACTOR - 1.0) * latency_s
+        rate_rps = capacity_rps(batch=batch, latency_s=latency_s, slo_s=left_s)
+        points.append(CapacityPoint(batch, sm_pct, quota, latency_s, rate_rps))
+    return tuple(points)
 
 
 def capacity_table(

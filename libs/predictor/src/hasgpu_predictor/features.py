@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hasgpu_predictor.physical import WINDOW_S, Array, PhysicalModel, fit_physical, neighbourhood
+from hasgpu_predictor.neighbours import KERNELS, Neighbours
+from hasgpu_predictor.physical import WINDOW_S, Array, PhysicalModel, fit_physical
 from hasgpu_predictor.profile import ProfilePoint
 
 FEATURES: tuple[str, ...] = (
@@ -34,15 +35,12 @@ FEATURES: tuple[str, ...] = (
     "function_exponent",
     "function_overhead_share",
     "function_points_log2",
-    "neighbour_log_residual",
-    "neighbour_weight_log2",
+    *(f"neighbours_{name}_log_residual" for name, *_ in KERNELS),
+    *(f"neighbours_{name}_weight_log2" for name, *_ in KERNELS),
 )
 """Names in column order. `segment_per_token`: the longest segment over a window's worth of quota; the `function_`
 columns describe the fitted physical model at batch 1 on the whole device; the `neighbour_` columns the function's own
 points around the configuration (natural log of measured over physical latency, and how near they are)."""
-
-_QUOTA_SCALE = 1.5
-"""Octaves of quota weigh more than octaves of batch or SM in the neighbourhood."""
 
 
 class FunctionView:
@@ -53,8 +51,8 @@ class FunctionView:
         self._count = len(points)
         configurations = np.array([p.configuration for p in points], float).reshape(-1, 3)
         latency_s = np.array([p.latency_s for p in points], float)
-        self._places = _places(configurations)
-        self._residuals = np.log(latency_s / self.physical.latency_s(*configurations.T))
+        residuals = np.log(latency_s / self.physical.latency_s(*configurations.T))
+        self._neighbours = Neighbours(configurations, residuals)
 
     def features(self, configurations: Array) -> Array:
         """Returns shape (n, len(FEATURES)) for configurations of shape (n, 3): batch, sm_pct, quota_permille."""
@@ -65,10 +63,7 @@ class FunctionView:
         latency_s = np.maximum(device_time_s + physical.overhead_s, bound_s)
         tokens_s = quota / 1e3 * WINDOW_S
         whole_s = float(device.formula_s(1.0, 100.0))
-        if self._count:
-            misfit, weight = neighbourhood(_places(configurations), self._places, self._residuals)
-        else:
-            misfit, weight = np.zeros(len(batch)), np.full(len(batch), 1e-3)
+        misfit, weight = self._neighbours.around(configurations)
         ones = np.ones(len(batch))
         columns = (
             np.log2(batch),
@@ -87,16 +82,10 @@ class FunctionView:
             device.exponent * ones,
             physical.overhead_s / whole_s * ones,
             np.log2(1 + self._count) * ones,
-            misfit,
-            np.log2(weight),
+            *misfit.T,
+            *np.log2(weight + 1e-3).T,
         )
         return np.stack(columns, axis=1)
-
-
-def _places(configurations: Array) -> Array:
-    places = np.log2(configurations)
-    places[:, 2] *= _QUOTA_SCALE
-    return np.asarray(places)
 
 
 def training_rows(points: Sequence[ProfilePoint], *, folds_count: int, rng: np.random.Generator) -> tuple[Array, Array]:

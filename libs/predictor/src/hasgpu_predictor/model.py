@@ -19,6 +19,7 @@ import numpy as np
 from hasgpu_core.errors import IntegrityError, InvalidError, ModelError
 
 from hasgpu_predictor.features import FEATURES, FunctionView, training_rows
+from hasgpu_predictor.intervals import Intervals
 from hasgpu_predictor.physical import Array, PhysicalModel
 from hasgpu_predictor.profile import Profile, ProfilePoint, write_atomically
 from hasgpu_predictor.surface import Axes, Surface, canonical_axes, monotone
@@ -44,6 +45,10 @@ class TrainingSettings:
     """Shrinks the residual to 0 (the physical estimate) where rows are few; hardly felt with thousands."""
     threads_count: int = 1
     cross_validate: bool = True
+    """For the card's errors, and for the intervals beside predictions."""
+    folds_count: int = FOLDS_COUNT
+    folds_evaluated: int = FOLDS_COUNT
+    """Of the folds; each costs a training. Fewer than all give errors and intervals from a part of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class ModelCard:
     seed: int
     train_s: float = 0.0
     trained_unix_ns: int = 0
+    intervals: Intervals | None = None
+    """Of errors on held-out rows, by the quota's bound over the device time; None: not known."""
 
 
 class LatencyModel:
@@ -101,19 +108,29 @@ class LatencyModel:
                 raise InvalidError("profile.device_model", expected=device_model, got=profile.device_model)
         rows_count = sum(len(points) for points in by_workload.values())
         errors: tuple[float, float] | None = None
+        intervals: Intervals | None = None
         if rows_count >= ROWS_MIN and settings.cross_validate:
-            errors = _cross_validated(by_workload, settings, progress)
+            held_out = _cross_validated(by_workload, settings, progress)
+            if held_out is not None:
+                *errors_, intervals = held_out
+                errors = errors_[0], errors_[1]
         progress(f"fitting {rows_count} rows of {len(by_workload)} functions")
         regressor = _fit(by_workload, settings) if rows_count >= ROWS_MIN else None
         if errors is not None and errors[0] > errors[1]:
             progress(f"the learnt part does not help ({errors[0]:.1f} % against {errors[1]:.1f} %) and is left out")
-            regressor, errors = None, (errors[1], errors[1])
+            regressor, errors, intervals = None, (errors[1], errors[1]), None
         binary = _binary(regressor)
-        return cls(_card(device_model, version, binary, by_workload, rows_count, errors, settings), regressor)
+        card = _card(device_model, version, binary, by_workload, rows_count, errors, settings)
+        return cls(replace(card, intervals=intervals), regressor)
 
     def stamped(self, *, train_s: float, trained_unix_ns: int) -> LatencyModel:
         """Returns the model with the card saying when it was trained and how long that took."""
         return LatencyModel(replace(self.card, train_s=train_s, trained_unix_ns=trained_unix_ns), self._regressor)
+
+    @property
+    def regressor(self) -> CatBoostRegressor | None:
+        """The learnt part; None: the physical estimate serves alone."""
+        return self._regressor
 
     def latencies_s(self, view: FunctionView, configurations: Array) -> Array:
         """Returns raw predictions (n,) for configurations (n, 3); not yet monotone: see `surface`."""
@@ -129,8 +146,13 @@ class LatencyModel:
 
     def _monotone(self, view: FunctionView, axes: Axes, basis: str) -> Surface:
         axes.validate()
-        values = np.log(self.latencies_s(view, axes.configurations())).reshape(axes.shape)
-        return Surface(axes, np.exp(monotone(values)), basis)
+        configurations = axes.configurations()
+        values = np.log(self.latencies_s(view, configurations)).reshape(axes.shape)
+        latency_s = np.exp(monotone(values))
+        if self.card.intervals is None:
+            return Surface(axes, latency_s, basis)
+        low, high = self.card.intervals.at(interval_keys(view, configurations).reshape(axes.shape))
+        return Surface(axes, latency_s, basis, latency_s * low, latency_s * high)
 
     def save(self, folder: Path) -> None:
         """Writes `model.cbm` (when there is a learnt part) and then `card.json`, each atomically."""
@@ -155,6 +177,8 @@ class LatencyModel:
                 raise InvalidError(f"model card in {folder}", expected=MODEL_FORMAT, got=repr(content["format"]))
             fields = dict(content["card"])
             fields["workloads"], fields["features"] = tuple(fields["workloads"]), tuple(fields["features"])
+            if fields.get("intervals"):
+                fields["intervals"] = Intervals(**{name: tuple(v) for name, v in fields["intervals"].items()})
             card = ModelCard(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidError(f"model card in {folder}", expected="a card", got=repr(error)) from error
@@ -181,11 +205,27 @@ def profile_axes(profile: Profile, *, max_batch: int, sm_rungs_pct: Sequence[int
     )
 
 
+def measured_axes(points: Sequence[ProfilePoint]) -> Axes:
+    """Returns the grid of the points' own values.
+
+    Errors are told on it: places that nothing was measured at would pull at their neighbours when the surface is made
+    monotone.
+    """
+    return Axes(
+        tuple(sorted({p.batch for p in points})),
+        tuple(sorted({p.sm_pct for p in points})),
+        tuple(sorted({p.quota_permille for p in points})),
+    )
+
+
 def _fit(by_workload: Mapping[str, Sequence[ProfilePoint]], settings: TrainingSettings) -> CatBoostRegressor | None:
     from catboost import CatBoostError, CatBoostRegressor
 
     rng = np.random.default_rng(settings.seed)
-    rows = [training_rows(by_workload[workload], folds_count=FOLDS_COUNT, rng=rng) for workload in sorted(by_workload)]
+    rows = [
+        training_rows(by_workload[workload], folds_count=settings.folds_count, rng=rng)
+        for workload in sorted(by_workload)
+    ]
     features = np.concatenate([part for part, _ in rows])
     targets = np.concatenate([part for _, part in rows])
     if len(targets) < ROWS_MIN or float(np.ptp(targets)) == 0.0:
@@ -209,44 +249,61 @@ def _fit(by_workload: Mapping[str, Sequence[ProfilePoint]], settings: TrainingSe
     return regressor
 
 
+def interval_keys(view: FunctionView, configurations: Array) -> Array:
+    """Returns what tells the regime of a configuration, shape (n,): log2 of the quota's bound over the device time."""
+    batch, sm, quota = configurations.T
+    device_time_s = view.physical.device_time_s(batch, sm)
+    return np.asarray(np.log2(view.physical.quota_bound_s(device_time_s, quota) / device_time_s))
+
+
 def _cross_validated(
     by_workload: Mapping[str, Sequence[ProfilePoint]], settings: TrainingSettings, progress: Callable[[str], None]
-) -> tuple[float, float] | None:
-    """Mean absolute percentage errors (model, physical alone) over rows held out in folds, surfaces made monotone."""
+) -> tuple[float, float, Intervals | None] | None:
+    """Mean absolute percentage errors (model, physical alone) over rows held out in folds, and their intervals."""
     rng = np.random.default_rng(settings.seed + 1)
-    folds = {w: rng.permutation(len(by_workload[w])) % FOLDS_COUNT for w in sorted(by_workload)}
-    errors: list[Array] = []
+    count = settings.folds_count
+    folds = {w: rng.permutation(len(by_workload[w])) % count for w in sorted(by_workload)}
+    logs: list[Array] = []
     physical_errors: list[Array] = []
-    for fold in range(FOLDS_COUNT):
-        progress(f"cross-validating: fold {fold + 1} of {FOLDS_COUNT}")
+    keys: list[Array] = []
+    for fold in range(min(count, settings.folds_evaluated)):
+        progress(f"cross-validating: fold {fold + 1} of {min(count, settings.folds_evaluated)}")
         kept = {w: [p for p, f in zip(by_workload[w], folds[w], strict=True) if f != fold] for w in folds}
         regressor = _fit(kept, settings)
         model = LatencyModel(LatencyModel.untrained("").card, regressor)
         for w in folds:
             held = [p for p, f in zip(by_workload[w], folds[w], strict=True) if f == fold]
             if held and kept[w]:
-                ours, physical = held_out_errors(model, kept[w], held)
-                errors.append(ours)
-                physical_errors.append(physical)
-    if not errors:
+                predicted_s, measured_s, estimate_s, regimes = held_out(model, kept[w], held)
+                logs.append(np.log(measured_s / predicted_s))
+                physical_errors.append(np.abs(estimate_s / measured_s - 1))
+                keys.append(regimes)
+    if not logs:
         return None
-    return 100 * float(np.concatenate(errors).mean()), 100 * float(np.concatenate(physical_errors).mean())
+    log_errors = np.concatenate(logs)
+    mape_pct = 100 * float(np.abs(np.expm1(-log_errors)).mean())
+    physical_mape_pct = 100 * float(np.concatenate(physical_errors).mean())
+    return mape_pct, physical_mape_pct, Intervals.fit(np.concatenate(keys), log_errors)
+
+
+def held_out(
+    model: LatencyModel, known: Sequence[ProfilePoint], held: Sequence[ProfilePoint]
+) -> tuple[Array, Array, Array, Array]:
+    """Returns at `held`, each (n,): what the surface made from `known` predicts, what was measured, the physical
+    estimate (all in seconds), and the interval's key."""
+    configurations = np.array([p.configuration for p in held], float)
+    axes = measured_axes((*known, *held))
+    view = FunctionView(known)
+    measured_s = np.array([p.latency_s for p in held])
+    predicted_s = model._monotone(view, axes, "profiled").at(*configurations.T)
+    return predicted_s, measured_s, view.physical.latency_s(*configurations.T), interval_keys(view, configurations)
 
 
 def held_out_errors(
     model: LatencyModel, known: Sequence[ProfilePoint], held: Sequence[ProfilePoint]
 ) -> tuple[Array, Array]:
     """Returns absolute relative errors (n,) at `held`: of the surface made from `known`, of the physical estimate."""
-    profile = Profile("", "", tuple(known))
-    configurations = np.array([p.configuration for p in held], float)
-    axes = profile_axes(
-        profile,
-        max_batch=max(p.batch for p in (*known, *held)),
-        sm_rungs_pct=[p.sm_pct for p in held],
-    )
-    measured_s = np.array([p.latency_s for p in held])
-    predicted_s = model.surface(profile, axes).at(*configurations.T)
-    estimate_s = FunctionView(known).physical.latency_s(*configurations.T)
+    predicted_s, measured_s, estimate_s, _ = held_out(model, known, held)
     return np.abs(predicted_s / measured_s - 1), np.abs(estimate_s / measured_s - 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from hasgpu_core.errors import InvalidError
-from hasgpu_core.function import FunctionSpec
+from hasgpu_core.function import workload_digest
+
+__all__ = ["Profile", "ProfilePoint", "load_profile", "save_profile", "workload_digest", "write_atomically"]
 
 FILE_FORMAT = "hasgpu-profile-1"
 
@@ -88,16 +89,6 @@ def _average(a: ProfilePoint, b: ProfilePoint) -> ProfilePoint:
         longest_segment_s=max(a.longest_segment_s, b.longest_segment_s),
         repetitions_count=count,
     )
-
-
-def workload_digest(spec: FunctionSpec) -> str:
-    """Returns what a function's profile is keyed by, lower-case hex.
-
-    It covers what decides the device work of a batch: the artifact, its entry and format, and the parameters handed
-    to `load()`. Name, objective and scaling bounds are left out, so a redeploy of the same artifact needs no new run.
-    """
-    what = [spec.artifact.sha256, spec.format.value, spec.entry, sorted(spec.parameters.items())]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

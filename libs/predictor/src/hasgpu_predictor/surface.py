@@ -108,11 +108,25 @@ class Surface:
     latency_s: Array
     """Shape of the axes: batch, SM, quota. Mean of back-to-back batches, gate wait included."""
     basis: str
-    """"profiled" or "static"."""
+    """"profiled", "transferred" (from operators and a few probes) or "static"."""
+    low_s: Array | None = None
+    """5 % of measured latencies are expected below; as `latency_s`; None: unknown."""
+    high_s: Array | None = None
+    """5 % are expected above."""
 
     def scaled(self, factor: float) -> Surface:
         """Returns the surface with every latency times `factor`."""
-        return self if factor == 1.0 else replace(self, latency_s=self.latency_s * factor)
+        if factor == 1.0:
+            return self
+        low_s, high_s = (None if bound is None else bound * factor for bound in (self.low_s, self.high_s))
+        return replace(self, latency_s=self.latency_s * factor, low_s=low_s, high_s=high_s)
+
+    def bounds_at(self, batch: ArrayLike, sm_pct: ArrayLike, quota_permille: ArrayLike) -> tuple[Array, Array] | None:
+        """Returns the interval's ends in seconds, as `at`; None: unknown."""
+        if self.low_s is None or self.high_s is None:
+            return None
+        low, high = (replace(self, latency_s=bound) for bound in (self.low_s, self.high_s))
+        return low.at(batch, sm_pct, quota_permille), high.at(batch, sm_pct, quota_permille)
 
     def at(self, batch: ArrayLike, sm_pct: ArrayLike, quota_permille: ArrayLike) -> Array:
         """Returns latencies in seconds for arrays of equal shape, or for a grid by broadcasting.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hasgpu_core.events import DesiredInstance, DeviceEvent, InstanceEvent, NodeEvent
+from hasgpu_core.observe import NODE_LOST_AFTER_S
 from hasgpu_core.policy.placement import Placement, place
 from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, Allocation, DeviceState, InstanceState, Row
 
@@ -33,6 +35,24 @@ class _Instance:
     reason: str = ""
 
 
+@dataclass(slots=True)
+class _Meter:
+    """One function's cost so far."""
+
+    gpu_seconds: float = 0.0
+    share: float = 0.0
+    """Of its requests now, in GPUs."""
+    borrowed: float = 0.0
+    """Beyond them, now."""
+    since_s: float = 0.0
+
+    def at(self, now_s: float) -> float:
+        """Brings the sum up to date and returns it."""
+        self.gpu_seconds += (self.share + max(0.0, self.borrowed)) * (now_s - self.since_s)
+        self.since_s = now_s
+        return self.gpu_seconds
+
+
 class Cluster:
     """Binds what is desired to rows, starts, resizes and retires it, and tells of it in events.
 
@@ -51,16 +71,31 @@ class Cluster:
         self._events = events
         self._gateways = gateways
         self._emit = emit
+        self._infos = {(i.node, i.gpu): i for i in sorted(scenario.devices, key=lambda i: (i.node, i.gpu))}
         self._loads: dict[str, FunctionLoad] = {load.spec.name: load for load in scenario.functions}
         self._instances: dict[str, _Instance] = {}
+        self._of_function: dict[str, dict[str, _Instance]] = {name: {} for name in self._loads}
+        self._on_device: dict[tuple[str, str], dict[str, _Instance]] = {key: {} for key in self._infos}
+        self._states: dict[tuple[str, str], DeviceState] = {}
         self._desired: dict[str, tuple[int, tuple[DesiredInstance, ...]]] = {}
-        self._gpu_seconds: dict[str, float] = dict.fromkeys(self._loads, 0.0)
-        self._charged_s = 0.0
+        self._unplaced: set[str] = set()
+        self._meters = {name: _Meter() for name in self._loads}
+        self._lost: set[str] = set()
+        self.gpus_peak = 0
 
     def gpu_seconds(self, function: str) -> float:
-        """Returns the integral of SM share times request so far."""
-        self._charge()
-        return self._gpu_seconds[function]
+        """Returns the integral of SM share times request so far, and what was borrowed."""
+        return self._meters[function].at(self._events.now_s)
+
+    def borrow(self, function: str, gpu_seconds: float) -> None:
+        """Adds what a function used beyond its requests."""
+        self._meters[function].gpu_seconds += gpu_seconds
+
+    def lend(self, function: str, gpus: float) -> None:
+        """A function begins (or ends, below 0) to use so many GPUs beyond its requests."""
+        meter = self._meters[function]
+        meter.at(self._events.now_s)
+        meter.borrowed += gpus
 
     def instances(self) -> list[tuple[str, str, Allocation, bool]]:
         """Returns (function, instance, allocation in force, ready) of what is bound."""
@@ -72,6 +107,8 @@ class Cluster:
     def want(self, function: str, desired: tuple[DesiredInstance, ...], *, at_once: bool = False) -> None:
         """Takes a desired set; quotas change after the resize time, the set of instances after the binding time."""
         revision, before = self._desired.get(function, (0, ()))
+        if desired == before and function not in self._unplaced and self._in_force(function, desired):
+            return
         revision += desired != before
         self._desired[function] = (revision, desired)
         if at_once:
@@ -79,8 +116,21 @@ class Cluster:
             self._bind(function, start_s=0.0)
             return
         timing = self._scenario.timing
-        self._events.after(timing.resize_s, lambda: self._resize(function, revision))
-        self._events.after(timing.bind_s, lambda: self._bind(function, start_s=timing.cold_start_s))
+        self._events.after(timing.resize_s, partial(self._resize, function, revision))
+        self._events.after(timing.bind_s, partial(self._bind, function, start_s=timing.cold_start_s))
+
+    def lose(self, node: str) -> None:
+        """A node is gone with all that ran there; the scheduler places that anew when its heartbeat has lapsed."""
+        self._lost.add(node)
+        for instance in [i for i in self._instances.values() if i.node == node]:
+            self._remove(instance)
+            self._gateways[instance.function].lose(instance.name)
+        self._events.after(NODE_LOST_AFTER_S, self._rebind)
+
+    def regain(self, node: str) -> None:
+        """A lost node is back, empty."""
+        self._lost.discard(node)
+        self._rebind()
 
     def heartbeat(self, unix_ns: int) -> list[NodeEvent | DeviceEvent]:
         """Returns what the agents tell of nodes and devices."""
@@ -94,19 +144,31 @@ class Cluster:
         return out
 
     def _device_states(self) -> tuple[DeviceState, ...]:
-        states = []
-        for info in sorted(self._scenario.devices, key=lambda i: (i.node, i.gpu)):
+        return tuple(self._device_state(key) for key in self._infos if key[0] not in self._lost)
+
+    def _device_state(self, key: tuple[str, str]) -> DeviceState:
+        state = self._states.get(key)
+        if state is None:
             rows: dict[int, Row] = {}
             memory_bytes = 0
-            for instance in self._instances.values():
-                if (instance.node, instance.gpu) != (info.node, info.gpu):
-                    continue
+            for instance in self._on_device[key].values():
                 allocation = instance.allocation
                 row = rows.get(instance.row) or Row(instance.row, allocation.sm_pct, 0)
                 rows[instance.row] = replace(row, used_permille=row.used_permille + allocation.request_permille)
                 memory_bytes += allocation.memory_bytes
-            states.append(DeviceState(info, tuple(rows[i] for i in sorted(rows)), memory_bytes))
-        return tuple(states)
+            state = self._states[key] = DeviceState(
+                self._infos[key], tuple(rows[i] for i in sorted(rows)), memory_bytes
+            )
+        return state
+
+    def _in_force(self, function: str, desired: tuple[DesiredInstance, ...]) -> bool:
+        """Whether the cluster is, or is on its way to, what is desired: nothing was refused."""
+        mine = self._of_function[function]
+        for want in desired:
+            instance = mine.get(want.instance)
+            if instance is not None and (instance.reason or instance.allocation != want.allocation):
+                return False
+        return True
 
     def _resize(self, function: str, revision: int) -> None:
         """Puts quotas in force, shrinking before growing."""
@@ -122,8 +184,9 @@ class Cluster:
             if more_permille > free_permille:
                 reason = f"row {instance.row} has {free_permille} ‰ free, {more_permille} ‰ more were asked"
             elif want.allocation != instance.allocation or want.standby != instance.standby:
-                self._charge()
+                self._charge(instance, want.allocation.gpu_share - instance.allocation.gpu_share)
                 instance.allocation, instance.standby, instance.revision = want.allocation, want.standby, revision
+                self._states.pop((instance.node, instance.gpu), None)
                 self._route(instance)
             elif not instance.reason:
                 continue
@@ -134,26 +197,32 @@ class Cluster:
         """Brings the set of instances to what is desired now."""
         revision, desired = self._desired[function]
         wanted = {want.instance: want for want in desired}
-        for instance in [i for i in self._instances.values() if i.function == function and i.name not in wanted]:
+        for instance in [i for i in self._of_function[function].values() if i.name not in wanted]:
             if instance.state is not InstanceState.DRAINING:
                 instance.state = InstanceState.DRAINING
                 self._tell(instance)
-                self._gateways[function].drain(instance.name, lambda gone=instance: self._gone(gone))  # type: ignore[misc]  # a default argument binds the loop variable
+                self._gateways[function].drain(instance.name, partial(self._gone, instance))
+        self._unplaced.discard(function)
         for want in desired:
             if want.instance in self._instances:
                 continue
             outcome = place(want.allocation, self._device_states())
             if not isinstance(outcome, Placement):
+                self._unplaced.add(function)
                 continue
-            model = next(d.model for d in self._scenario.devices if (d.node, d.gpu) == (outcome.node, outcome.gpu))
-            self._charge()
-            instance = self._instances[want.instance] = _Instance(
-                function, want.instance, outcome.node, outcome.gpu, outcome.row, model, want.allocation, revision,
+            key = (outcome.node, outcome.gpu)
+            instance = _Instance(
+                function, want.instance, *key, outcome.row, self._infos[key].model, want.allocation, revision,
                 InstanceState.LOADING, want.standby,
             )  # fmt: skip
+            self._instances[want.instance] = self._of_function[function][want.instance] = instance
+            self._on_device[key][want.instance] = instance
+            self._charge(instance, want.allocation.gpu_share)
+            self._states.pop(key, None)
+            self.gpus_peak = max(self.gpus_peak, sum(1 for held in self._on_device.values() if held))
             if start_s > 0:
                 self._tell(instance)
-                self._events.after(start_s, lambda started=instance: self._ready(started))  # type: ignore[misc]  # as above
+                self._events.after(start_s, partial(self._ready, instance))
             else:
                 self._ready(instance)
 
@@ -165,16 +234,28 @@ class Cluster:
         self._route(instance)
 
     def _gone(self, instance: _Instance) -> None:
-        self._charge()
-        self._instances.pop(instance.name, None)
-        self._emit(InstanceGone(instance.function, instance.name))
-        if any(want.instance not in self._instances for _, wants in self._desired.values() for want in wants):
-            for function in self._desired:
-                self._events.after(self._scenario.timing.bind_s, lambda name=function: self._again(name))  # type: ignore[misc]  # as above
+        if self._instances.get(instance.name) is not instance:
+            return
+        self._remove(instance)
+        for function in sorted(self._unplaced):
+            # Room appeared: what found no place is bound now.
+            self._events.after(
+                self._scenario.timing.bind_s,
+                partial(self._bind, function, start_s=self._scenario.timing.cold_start_s),
+            )
 
-    def _again(self, function: str) -> None:
-        """Room appeared: what found no place is bound now."""
-        self._bind(function, start_s=self._scenario.timing.cold_start_s)
+    def _remove(self, instance: _Instance) -> None:
+        self._charge(instance, -instance.allocation.gpu_share)
+        key = (instance.node, instance.gpu)
+        self._instances.pop(instance.name, None)
+        self._of_function[instance.function].pop(instance.name, None)
+        self._on_device[key].pop(instance.name, None)
+        self._states.pop(key, None)
+        self._emit(InstanceGone(instance.function, instance.name))
+
+    def _rebind(self) -> None:
+        for function in self._desired:
+            self._bind(function, start_s=self._scenario.timing.cold_start_s)
 
     def _route(self, instance: _Instance) -> None:
         """Tells the gateway of an active ready instance; a standby gets no requests."""
@@ -185,26 +266,38 @@ class Cluster:
         route = gateway.route(instance.name)
         if parked:
             if route is not None:
-                gateway.drain(instance.name, lambda: None)
+                gateway.drain(instance.name, _nothing)
             return
-        if route is not None:
-            route.quota_permille = instance.allocation.request_permille
-            return
-        tables = self._loads[instance.function].tables
-        table = next(table for table in tables if table.device_model == instance.model)
         allocation = instance.allocation
-        gateway.set_route(Route(instance.name, table, allocation.sm_pct, allocation.request_permille))
+        if route is not None:
+            route.quota_permille, route.limit_permille = allocation.request_permille, allocation.limit_permille
+            gateway.reshare(route)
+            if route.draining:
+                gateway.undrain(route)
+            return
+        load = self._loads[instance.function]
+        table = next(table for table in load.tables if table.device_model == instance.model)
+        gateway.set_route(
+            Route(
+                instance.name,
+                (instance.node, instance.gpu, instance.row),
+                table,
+                load.surfaces.get(instance.model),
+                allocation.sm_pct,
+                allocation.request_permille,
+                allocation.limit_permille,
+            )
+        )
 
     def _row_permille(self, instance: _Instance) -> int:
-        place_ = (instance.node, instance.gpu, instance.row)
-        return sum(i.allocation.request_permille for i in self._instances.values() if (i.node, i.gpu, i.row) == place_)
+        rows = self._device_state((instance.node, instance.gpu)).rows
+        return sum(row.used_permille for row in rows if row.index == instance.row)
 
-    def _charge(self) -> None:
-        """Adds the cost since the last change."""
-        elapsed_s = self._events.now_s - self._charged_s
-        self._charged_s = self._events.now_s
-        for instance in self._instances.values():
-            self._gpu_seconds[instance.function] += elapsed_s * instance.allocation.gpu_share
+    def _charge(self, instance: _Instance, more: float) -> None:
+        """Adds the cost until now, and changes the share from now on."""
+        meter = self._meters[instance.function]
+        meter.at(self._events.now_s)
+        meter.share = max(0.0, meter.share + more)
 
     def _tell(self, instance: _Instance) -> None:
         self._emit(
@@ -224,3 +317,7 @@ class Cluster:
                 plan_revision=instance.revision,
             )
         )
+
+
+def _nothing() -> None:
+    """Nothing is to be done when a parked instance has answered its last batch."""

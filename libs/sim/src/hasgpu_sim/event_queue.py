@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
+_FIRST = -(1 << 40)
+"""Sequence numbers from here on come before those of all other events."""
+
 
 class EventQueue:
     """Calls back in the order of time, and of scheduling at equal times."""
@@ -26,13 +29,20 @@ class EventQueue:
         self._sequence += 1
         heapq.heappush(self._heap, (when_s, self._sequence, call))
 
+    def at_first(self, when_s: float, rank: int, call: Callable[[], None]) -> None:
+        """Schedules before all that `at` schedules for the same time, in the order of `rank` (0 and up)."""
+        if when_s < self._now_s:
+            raise ValueError(f"{when_s} s has passed; it is {self._now_s} s")
+        heapq.heappush(self._heap, (when_s, _FIRST + rank, call))
+
     def after(self, delay_s: float, call: Callable[[], None]) -> None:
         """Schedules a time from now."""
         self.at(self._now_s + delay_s, call)
 
     def run_until(self, end_s: float) -> None:
         """Runs everything up to and including `end_s`; the time is `end_s` then."""
-        while self._heap and self._heap[0][0] <= end_s:
-            self._now_s, _, call = heapq.heappop(self._heap)
+        heap, pop = self._heap, heapq.heappop
+        while heap and heap[0][0] <= end_s:
+            self._now_s, _, call = pop(heap)
             call()
         self._now_s = end_s

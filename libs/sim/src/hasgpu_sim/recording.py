@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from hasgpu_core.capacity import CapacityTable
 from hasgpu_core.events import DemandEvent, DesiredInstance, DeviceEvent, FunctionEvent, InstanceEvent, NodeEvent
@@ -97,14 +97,18 @@ def apply(observer: ClusterObserver, event: RecordedEvent, now_s: float) -> None
 class Loop:
     """The scaler's loop without its shell: an observer, a policy and the policy's memory."""
 
-    def __init__(self, policy: ScalingPolicy) -> None:
-        self.observer = ClusterObserver()
+    def __init__(self, policy: ScalingPolicy, observer: ClusterObserver | None = None) -> None:
+        self.observer = observer or ClusterObserver()
         self._policy = policy
         self._state = PolicyState()
 
-    def tick(self, now_s: float) -> tuple[Decision, ...]:
-        """Makes one pass; what it decides is what is desired from then on."""
-        decisions, self._state = self._policy.decide(self.observer.snapshot(now_s), self._state, now_s)
+    def tick(self, now_s: float, functions: Collection[str] | None = None) -> tuple[Decision, ...]:
+        """Makes one pass, over the named functions or all; what it decides is what is desired from then on."""
+        snapshot = self.observer.snapshot(now_s, functions)
+        decisions, state = self._policy.decide(snapshot, self._state, now_s)
+        if functions is not None:
+            state = replace(state, functions={**self._state.functions, **state.functions})
+        self._state = state
         for decision in decisions:
             self.observer.set_desired(decision.function, decision.desired, decision.next_ordinal)
         return decisions

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +15,9 @@ from hasgpu_core.policy.scaling import ActionKind, Decision
 from hasgpu_core.resources import DeviceInfo
 
 from hasgpu_sim.arrivals import Process, RateStep
+from hasgpu_sim.physics import Physics
 from hasgpu_sim.recording import RecordedLoad
+from hasgpu_sim.surface import Surface
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,8 @@ class FunctionLoad:
 
     spec: FunctionSpec
     tables: tuple[CapacityTable, ...]
-    """Both what the policy is told and what the simulated devices do."""
-    steps: tuple[RateStep, ...]
+    """What the policy and the gateway are told; without a surface also what the simulated devices do."""
+    steps: tuple[RateStep, ...] = ()
     process: Process = Process.EVEN
     desired: tuple[DesiredInstance, ...] = ()
     """Instances wanted at the start."""
@@ -31,6 +35,10 @@ class FunctionLoad:
     """The policy leaves it at that."""
     rows: int = 1
     """Of each request."""
+    arrivals_s: Sequence[float] = ()
+    """Times of single requests, ascending, beside those of `steps`."""
+    surfaces: Mapping[str, Surface] = field(default_factory=dict)
+    """What devices really take, by device model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,15 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLoss:
+    """A node goes, and perhaps comes back (empty)."""
+
+    node: str
+    at_s: float
+    back_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """All that a simulation depends on: equal scenarios give equal results."""
 
@@ -62,6 +79,17 @@ class Scenario:
     duration_s: float
     seed: int = 0
     timing: Timing = field(default_factory=Timing)
+    physics: Physics = Physics.TABLE
+    lend: bool = False
+    """With `table`: idle time of a row is lent between request and limit, and paid for (see `lending`)."""
+    lead_s: float = 0.0
+    """The functions are deployed this long before time 0 of their arrivals; cost and actions count from then on."""
+    losses: tuple[NodeLoss, ...] = ()
+    sparse: bool = False
+    """For many functions over hours: a function is looked at when its last decision asked for it, or when requests wait
+    or its instances change, and its gateway reports then; nothing is recorded. Otherwise at every tick."""
+    sample_s: float = 0.25
+    """Between two samples of shares; 0: none are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +107,24 @@ class FunctionResult:
     """From arrival to the start of execution, of the answered, ascending."""
     slo_s: float
     gpu_seconds: float
-    """Integral of SM share times request over its instances, from binding to the end of each."""
+    """Integral of SM share times request over its instances, from binding to the end of each, and what was borrowed."""
     actions: Mapping[ActionKind, int]
+
+    @property
+    def met_count(self) -> int:
+        """Requests answered inside the SLO."""
+        return bisect_right(self.latencies_s, self.slo_s)
 
     @property
     def attainment(self) -> float:
         """Part of all requests that was answered inside the SLO; 1.0 when there was none."""
-        met = sum(latency <= self.slo_s for latency in self.latencies_s)
-        return met / self.requests_count if self.requests_count else 1.0
+        return self.met_count / self.requests_count if self.requests_count else 1.0
+
+    @property
+    def violations_count(self) -> int:
+        """Requests answered late, refused or lost; those still under way at the end are left out."""
+        late = len(self.latencies_s) - self.met_count
+        return late + self.refused_count + self.expired_count
 
     def percentile_s(self, pct: float) -> float | None:
         """Returns a latency percentile by nearest rank; None when nothing was answered."""
@@ -117,3 +155,7 @@ class SimResult:
     """Those with actions, with their time."""
     shares: Sequence[ShareSample]
     recording: RecordedLoad
+    gpus_peak: int = 0
+    """Most GPUs that held an instance at once."""
+    decide_s: Sequence[float] = field(default_factory=lambda: array("d"), compare=False)
+    """Wall-clock time of each pass of the policy, ascending; empty without a stopwatch."""

@@ -114,6 +114,7 @@ class NodeAgent:
             client=client,
             clock=clock,
             spawn=spawn,
+            end=self._reconciler.retirer.end,
         )
         self._spawn = spawn
         self._meters = {d.gpu: (AllocationMeter(clock.now_s()), BusyMeter(clock.now_s())) for d in guard.devices}

@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,8 @@ DRAINED_FACTOR = 4
 """So many times the repetitions that empty the bucket are made, so that the median is one of those after it."""
 FULL_QUOTA_SHARE = 0.7
 """Part of the budget that the whole-quota points may take together."""
+IN_ORDER_SHARE = 1 / 8
+"""Part of the budget that one point may take when the order names what comes first."""
 LOAD_TIMEOUT_S = 300.0
 STATUS_PERIOD_S = 0.05
 APPLY_PERIOD_S = 0.002
@@ -83,12 +85,16 @@ class ProfileOrder:
     quotas_permille: Sequence[int] = ()
     configurations: Sequence[Configuration] = ()
     """If any, exactly these; the three above are empty then."""
+    in_order: bool = False
+    """They are measured in the order given."""
 
     def validate(self) -> None:
         """Raises InvalidError, naming the field, the bound and what came."""
         self.spec.validate()
         if self.configurations and (self.batches or self.sm_pcts or self.quotas_permille):
             raise InvalidError("configurations", expected="no batches, sm_pcts or quotas_permille beside", got="both")
+        if self.in_order and not self.configurations:
+            raise InvalidError("in_order", expected="configurations beside", got="none")
         if not 0 < self.budget_s <= LONGEST_BUDGET_S:
             raise InvalidError("budget_ms", expected=f"1..{LONGEST_BUDGET_S * 1e3:.0f}", got=f"{self.budget_s * 1e3}")
         named = self.configurations
@@ -125,10 +131,15 @@ def ends_first(values: Sequence[int]) -> list[int]:
 
 
 def configurations(order: ProfileOrder, device: DeviceInfo) -> tuple[list[Configuration], list[Configuration]]:
-    """Returns what to measure at the whole quota and what at smaller ones, each the most informative first."""
+    """Returns what to measure at the whole quota and what at smaller ones, each the most informative first.
+
+    What is to be measured in the order given is all in the second.
+    """
     named = set(order.configurations)
     if len(named) > MAX_POINTS:
         raise InvalidError("points", expected=f"at most {MAX_POINTS}", got=str(len(named)))
+    if order.in_order:
+        return [], list(dict.fromkeys(order.configurations))
     batches = ends_first([c.batch for c in named] or order.batches or batch_ladder(order.spec.max_batch))
     sm_pcts = ends_first([-sm for sm in ([c.sm_pct for c in named] or order.sm_pcts or device.sm_rungs_pct)])
     quotas = sorted(
@@ -174,7 +185,18 @@ def repetitions(quota_permille: int, whole: Measurement | None) -> int:
 
 
 class Profiler:
-    """Runs profiles, one at a time a device."""
+    """Runs profiles, one at a time a device.
+
+    Args:
+        guard: Of the node.
+        launcher: Starts the workers.
+        artifacts: Has the functions' files.
+        client: Calls the workers.
+        clock: Time.
+        spawn: Starts work in the background.
+        end: Ends a worker process on a device in an orderly way: one that is killed with work on a GPU may take that
+            GPU's other workers with it.
+    """
 
     def __init__(
         self,
@@ -185,6 +207,7 @@ class Profiler:
         client: WorkerClient,
         clock: Clock,
         spawn: Callable[[Coroutine[object, object, None]], object],
+        end: Callable[[WorkerProcess, str], Awaitable[None]],
     ) -> None:
         self._guard = guard
         self._launcher = launcher
@@ -192,6 +215,7 @@ class Profiler:
         self._client = client
         self._clock = clock
         self._spawn = spawn
+        self._end = end
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._runs = itertools.count(1)
         self._orders: list[ProfileOrder] = []
@@ -272,7 +296,7 @@ class Profiler:
                     yield found
         finally:
             # The caller may have gone: the clearing away has an owner of its own.
-            self._spawn(self._dispose(request.key, process))
+            self._spawn(self._dispose(request.key, process, device.gpu))
 
     async def _ready(self, process: WorkerProcess) -> str:
         until_s = self._clock.now_s() + LOAD_TIMEOUT_S
@@ -309,7 +333,10 @@ class Profiler:
                 yield f"the budget of {order.budget_s:g} s is used up: {done - 1} of {total} measured"
                 return
             yield f"{configuration}: {done} of {total}"
-            budget_s = each_s if is_whole else max(0.0, min(left_s, order.budget_s / max(1, len(smaller)) * 2))
+            if order.in_order:
+                budget_s = max(0.0, min(left_s, order.budget_s * IN_ORDER_SHARE))
+            else:
+                budget_s = each_s if is_whole else max(0.0, min(left_s, order.budget_s / max(1, len(smaller)) * 2))
             place = configuration.batch, configuration.sm_pct
             count = repetitions(configuration.quota_permille, known.get(place))
             point = await self._measure(order, process, address, configuration, count, budget_s)
@@ -344,9 +371,8 @@ class Profiler:
             raise kind(text) from error
         return Point(configuration, measurement)
 
-    async def _dispose(self, key: WorkerKey, process: WorkerProcess) -> None:
-        process.kill()
-        await process.wait()
+    async def _dispose(self, key: WorkerKey, process: WorkerProcess, gpu: str) -> None:
+        await self._end(process, gpu)
         status = process.status()
         if status is not None and status.address:
             await self._client.forget(status.address)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from weakref import WeakValueDictionary
 
 from hasgpu_core.errors import InvalidError, UnavailableError
 from hasgpu_core.events import InstanceEvent, instance_subject
@@ -14,6 +15,9 @@ from hasgpu_runtime.wire import decode_instance, encode
 log = logging.getLogger(__name__)
 
 LOOK_TIMEOUT_S = 2.0
+AT_ONCE = 16
+"""Subjects written at a time: looking whose a subject is takes the bus some tens of milliseconds, and a node that stops
+has to look for each of its instances."""
 
 
 class BusPublisher:
@@ -46,7 +50,9 @@ class BusPublisher:
         self._published = published
         self._dirty: dict[str, None] = {}
         self._gone: dict[str, str] = {}
-        self._lock = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By instance: what is written to one subject keeps its order."""
+        self._places = asyncio.Semaphore(AT_ONCE)
         self._wake = asyncio.Event()
 
     def mark(self, instance: str) -> None:
@@ -77,20 +83,40 @@ class BusPublisher:
         """Writes and deletes what is due; raises UnavailableError when the bus is away (the rest stays due)."""
         self._wake.clear()
         try:
-            for instance in list(self._dirty):
-                await self._write(instance)
-            for instance, function in list(self._gone.items()):
-                async with self._lock:
-                    if self._gone.get(instance) == function:
-                        if not await self._is_anothers(function, instance):
-                            await self._bus.delete(instance_subject(function, instance))
-                        self._gone.pop(instance, None)
+            await self._all(self._write, self._dirty)
+            await self._all(self._delete, self._gone)
         except UnavailableError:
             self._wake.set()
             raise
 
+    async def _all(self, write: Callable[[str], Awaitable[None]], instances: Iterable[str]) -> None:
+        """Writes or deletes all, some at a time; raises what the first of those that failed did."""
+
+        async def in_place(instance: str) -> None:
+            async with self._places:
+                await write(instance)
+
+        outcomes = await asyncio.gather(*map(in_place, list(instances)), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    def _lock(self, instance: str) -> asyncio.Lock:
+        return self._locks.setdefault(instance, asyncio.Lock())
+
+    async def _delete(self, instance: str) -> None:
+        async with self._lock(instance):
+            function = self._gone.get(instance)
+            if function is None:
+                return
+            if not await self._is_anothers(function, instance):
+                await self._bus.delete(instance_subject(function, instance))
+            # It may have been planned here again meanwhile.
+            if self._gone.get(instance) == function:
+                del self._gone[instance]
+
     async def _write(self, instance: str) -> None:
-        async with self._lock:
+        async with self._lock(instance):
             if instance not in self._dirty:
                 return
             del self._dirty[instance]

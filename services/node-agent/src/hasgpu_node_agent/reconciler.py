@@ -254,6 +254,9 @@ class Reconciler:
                 self._publisher.mark(p.instance)
             elif (instance.planned.gpu, instance.planned.row) != (p.gpu, p.row):
                 instance.backoff.reset()
+                if instance.planned.gpu != p.gpu:
+                    # What it met on one device says nothing of another, whose watch would act on it.
+                    instance.is_held, instance.fault = False, ""
             instance.planned = p
         for instance in self.instances.values():
             instance.planned = planned.get(instance.instance)
@@ -330,7 +333,9 @@ class Reconciler:
         said = status.reason if status is not None and status.state is InstanceState.FAILED else ""
         reason = said or worker.killed_because or f"its worker {ended}"
         if worker.device.uuid:
-            instance.fault = fault_name(reason) if worker.process.has_device_fault else ""
+            is_planned_here = instance.planned is None or instance.planned.gpu == worker.device.gpu
+            met_fault = is_planned_here and worker.process.has_device_fault
+            instance.fault = fault_name(reason) if met_fault else ""
             instance.is_held = bool(instance.fault)
             self._sites.ended(worker.device.gpu)
         self._guard.release(worker.key)

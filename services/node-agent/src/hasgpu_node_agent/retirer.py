@@ -12,7 +12,7 @@ from hasgpu_core.ports import Clock
 from hasgpu_core.resources import InstanceState
 
 from hasgpu_node_agent.instance import Instance, Worker
-from hasgpu_node_agent.ports import Sites, WorkerClient
+from hasgpu_node_agent.ports import Sites, WorkerClient, WorkerProcess
 from hasgpu_node_agent.row_guard import RowGuard
 
 log = logging.getLogger(__name__)
@@ -82,21 +82,28 @@ class Retirer:
 
     async def stop(self, worker: Worker) -> None:
         """Ends a worker process: SIGTERM, and SIGKILL when that is not heeded in time."""
-        if await self.ask(worker, TERMINATE_TIMEOUT_S):
+        await self.end(worker.process, worker.device.gpu)
+
+    async def end(self, process: WorkerProcess, gpu: str) -> None:
+        """Ends a process that runs on a device, as `stop` does."""
+        if await self._ask(process, TERMINATE_TIMEOUT_S):
             return
-        await self._sites.before_kill(worker.device.gpu, worker.process.pid)
-        worker.process.kill()
-        await worker.process.wait()
+        await self._sites.before_kill(gpu, process.pid)
+        process.kill()
+        await process.wait()
 
     async def ask(self, worker: Worker, timeout_s: float) -> bool:
         """Sends SIGTERM and waits; returns whether the worker has ended."""
-        ended = asyncio.ensure_future(worker.process.wait())
+        return await self._ask(worker.process, timeout_s)
+
+    async def _ask(self, process: WorkerProcess, timeout_s: float) -> bool:
+        ended = asyncio.ensure_future(process.wait())
         try:
-            worker.process.terminate()
+            process.terminate()
             timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
             await asyncio.wait({ended, timer}, return_when=asyncio.FIRST_COMPLETED)
             timer.cancel()
-            return worker.process.exit_reason is not None
+            return process.exit_reason is not None
         finally:
             ended.cancel()
 

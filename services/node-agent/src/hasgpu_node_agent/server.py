@@ -66,6 +66,7 @@ class NodeAgentServicer(node_agent_pb2_grpc.NodeAgentServiceServicer):
             sm_pcts=tuple(request.sm_pcts),
             quotas_permille=tuple(request.quotas_permille),
             configurations=tuple(Configuration(c.batch, c.sm_pct, c.quota_permille) for c in request.configurations),
+            in_order=request.in_order,
         )
         span = self._telemetry.start(
             "agent.profile",

@@ -10,7 +10,8 @@ from hasgpu_runtime.service import Service, run_service
 
 from hasgpu_rapp.adapters.agents import AgentProfiler
 from hasgpu_rapp.adapters.repository import Repository
-from hasgpu_rapp.app import CORRECTION_PERIOD_S, RappApp
+from hasgpu_rapp.app import RappApp
+from hasgpu_rapp.corrections import CORRECTION_PERIOD_S
 from hasgpu_rapp.server import RappServicer
 from hasgpu_rapp.settings import RappSettings, load
 
@@ -46,6 +47,7 @@ async def body(service: Service[RappSettings]) -> None:
     await service.stop.wait()
     app.profiling.keep_only(set())
     await server.stop(STOP_GRACE_S)
+    await app.close()
 
 
 if __name__ == "__main__":

@@ -6,39 +6,38 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from hasgpu_core.capacity import CapacityPoint
-from hasgpu_core.errors import InvalidError, NotFoundError
-from hasgpu_core.events import FunctionEvent, InstanceEvent, capacity_subject
+from hasgpu_core.errors import InvalidError, NotFoundError, UnavailableError
+from hasgpu_core.events import FunctionEvent, capacity_subject
 from hasgpu_core.ports import Bus, CaughtUp, Clock, StateChange
 from hasgpu_predictor import (
-    Axes,
-    ModelCard,
+    Profile,
     ProfilePoint,
-    Surface,
     TrainingSettings,
-    surface_points,
-    table_axes,
+    batch_axis,
+    plan_probes,
+    probe_candidates,
     workload_digest,
 )
 from hasgpu_runtime import wire
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_rapp.adapters.repository import Repository
-from hasgpu_rapp.predictions import Predictions, Recipe, physical_of, surface_of, table_of
-from hasgpu_rapp.profiling import Measurer, Profiling
+from hasgpu_rapp.corrections import Corrections, Pair
+from hasgpu_rapp.predictions import Predictions, Recipe, physical_of, table_of
+from hasgpu_rapp.profiling import PROFILE_BUDGET_S, Cell, Key, Measurer, Profiling
+from hasgpu_rapp.surfaces import Surfaces
 from hasgpu_rapp.training import Trainer
 from hasgpu_rapp.world import DeviceModel, ProfilePlace, World
 
 _log = logging.getLogger(__name__)
 
 WATCHED = ("function.>", "node.>", "instance.>", "capacity.>")
-CORRECTION_PERIOD_S = 5.0
-"""A correction changes a published table at most so often."""
+PLAN_SLACK = 4.0
+"""So many times the budget is planned: the first estimate of a function's costs may be that much too high."""
+AGREEMENT = 1.2
+"""Rows of one configuration in one call may differ by so much; they are averaged."""
 POINTS_MAX = 100_000
 """Configurations in one call."""
-
-Pair = tuple[str, str]
-"""(function, device model)."""
 
 
 class RappApp:
@@ -63,8 +62,17 @@ class RappApp:
     ) -> None:
         self.world = World()
         self.predictions = Predictions()
+        self.surfaces = Surfaces(self.predictions)
+        self.corrections = Corrections(
+            predictions=self.predictions, repository=repository, clock=clock, world=self.world
+        )
         self.profiling = Profiling(
-            clock=clock, measurer=measurer, tasks=tasks, places=self._places, done=self._profiled
+            clock=clock,
+            measurer=measurer,
+            tasks=tasks,
+            places=self._places,
+            plan=self._plan,
+            done=self._profiled,
         )
         self.trainer = Trainer(
             predictions=self.predictions,
@@ -75,6 +83,7 @@ class RappApp:
             telemetry=telemetry,
             trained=poke,
         )
+        self.training = training
         self._bus = bus
         self._clock = clock
         self._repository = repository
@@ -83,16 +92,29 @@ class RappApp:
         self._caught_up = False
         self._published: dict[str, tuple[int, Recipe]] = {}
         self._seen: set[str] = set()
-        self._surfaces: dict[Pair, tuple[Recipe, Surface]] = {}
-        self._compared_at_s: dict[Pair, float] = {}
-        self._observed: set[Pair] = set()
+        self._again: set[Key] = set()
+        """Profiles measured again because of drift."""
+        self.table_computed_unix_ns: dict[Pair, int] = {}
+        """Of the tables that this process published."""
 
     async def load(self) -> None:
         """Reads profiles and models of earlier runs."""
-        for device_model, (model, profiles) in (await asyncio.to_thread(self._repository.load)).items():
-            self.predictions.profiles[device_model] = dict(profiles)
-            self.predictions.serve(model, profiles)
-            _log.info("%s: %d profiles, model version %d", device_model, len(profiles), model.card.version)
+        for device_model, kept in (await asyncio.to_thread(self._repository.load)).items():
+            self.predictions.profiles[device_model] = dict(kept.profiles)
+            self.predictions.serve(kept.model, kept.profiles)
+            self.trainer.versions[device_model] = kept.versions
+            self.corrections.restore(kept)
+            _log.info(
+                "%s: %d profiles, %d corrections, model version %d",
+                device_model,
+                len(kept.profiles),
+                len(kept.corrections),
+                kept.model.card.version,
+            )
+
+    async def close(self) -> None:
+        """Writes what would be lost with the process."""
+        await self.corrections.save(all_of_them=True)
 
     async def listen(self, caught_up: Callable[[], Awaitable[None]]) -> None:
         """Follows the bus until cancelled; each change asks for a pass. `caught_up`: all last values have been read."""
@@ -131,11 +153,13 @@ class RappApp:
                 self.world.node_gone(".".join(rest))
             else:
                 self.world.instance_gone(rest[-1])
+                self.corrections.instance_gone(rest[0], rest[-1])
             return kind == "function"
         if kind == "function":
             event = wire.decode_function(change.payload)
             if self.world.function(event):
-                self.predictions.forget(event.spec.name)
+                self.corrections.function_gone(event.spec.name)
+            self.corrections.function(event)
             return True
         if kind == "node":
             before = self.world.device_models()
@@ -143,25 +167,12 @@ class RappApp:
             new_place = not any(self._places(device.model) for device in node.devices)
             self.world.node(node, now_s=self._clock.now_s(), unix_ns=self._clock.unix_ns())
             return new_place or before != self.world.device_models()
-        return self._observe(wire.decode_instance(change.payload))
-
-    def _observe(self, event: InstanceEvent) -> bool:
-        batches = self.world.new_batches(event)
-        if not batches or not event.device_model or event.function not in self.world.functions:
-            return False
-        if event.function_revision < self.world.workload_since[event.function]:
-            return False
-        pair = (event.function, event.device_model)
-        self.predictions.observe(*pair, batches)
-        self._observed.add(pair)
-        return self._clock.now_s() >= self._compared_at_s.get(pair, float("-inf")) + CORRECTION_PERIOD_S
+        return self.corrections.observe(wire.decode_instance(change.payload))
 
     def _function_gone(self, function: str) -> None:
         self.world.function_gone(function)
-        self.predictions.forget(function)
-        self._surfaces = {pair: known for pair, known in self._surfaces.items() if pair[0] != function}
-        self._compared_at_s = {pair: at_s for pair, at_s in self._compared_at_s.items() if pair[0] != function}
-        self._observed = {pair for pair in self._observed if pair[0] != function}
+        self.corrections.function_gone(function)
+        self.surfaces.forget(function)
 
     def _places(self, device_model: str) -> list[ProfilePlace]:
         return self.world.places(device_model, now_s=self._clock.now_s())
@@ -179,23 +190,30 @@ class RappApp:
         for event, device in pairs:
             await self._publish(event, device)
         for event, device in pairs:
-            workload = workload_digest(event.spec)
-            if not self.predictions.profile(device.name, workload).points:
-                self.profiling.ensure((workload, device.name), event)
+            workload, pair = workload_digest(event.spec), (event.spec.name, device.name)
+            drifted = self.corrections.wants_profile(pair)
+            if drifted or not self.predictions.profile(device.name, workload).points:
+                began = self.profiling.ensure((workload, device.name), event)
+                if drifted and began:
+                    self._again.add((workload, device.name))
+                    self.corrections.profile_asked(pair)
+                    _log.info("%s is profiled again on %s, because it has drifted", *pair)
         for device_model in list(self.predictions.profiles):
             self.trainer.refresh(device_model)
         await self._delete_orphans()
+        await self.corrections.save()
 
     async def _publish(self, event: FunctionEvent, device: DeviceModel) -> None:
         """Puts the table of a function on a device model, when what it depends on has changed."""
-        self._correct(event, device)
+        await self._correct(event, device)
         subject = capacity_subject(event.spec.name, device.name)
         recipe = self.predictions.recipe(event, device)
         if self._published.get(subject) == (event.revision, recipe):
             return
         try:
-            surface = await self._surface(event, device, recipe)
-            table = await asyncio.to_thread(table_of, event, recipe, surface, computed_unix_ns=self._clock.unix_ns())
+            recipe, surface = await self.surfaces.surface(event, device)
+            computed_unix_ns = self._clock.unix_ns()
+            table = await asyncio.to_thread(table_of, event, recipe, surface, computed_unix_ns=computed_unix_ns)
             payload = wire.encode(table)
         except InvalidError as error:
             _log.error("no table of %s on %s: %s", event.spec.name, device.name, error)
@@ -204,6 +222,7 @@ class RappApp:
             return
         await self._bus.put(subject, payload, self._telemetry.inject())
         self._published[subject] = (event.revision, recipe)
+        self.table_computed_unix_ns[event.spec.name, device.name] = computed_unix_ns
         self._seen.add(subject)
         _log.info(
             "%s: %s table of revision %d, version %d%s",
@@ -214,16 +233,13 @@ class RappApp:
             f"; infeasible: {table.infeasible_reason}" if table.infeasible_reason else "",
         )
 
-    def _correct(self, event: FunctionEvent, device: DeviceModel) -> None:
+    async def _correct(self, event: FunctionEvent, device: DeviceModel) -> None:
         pair = (event.spec.name, device.name)
-        now_s = self._clock.now_s()
-        if pair not in self._observed or now_s < self._compared_at_s.get(pair, float("-inf")) + CORRECTION_PERIOD_S:
-            return
-        self._observed.discard(pair)
-        self._compared_at_s[pair] = now_s
-        correction = self.predictions.corrections.get(pair)
-        if correction is not None and correction.update(physical_of(self.predictions.recipe(event, device))):
-            _log.info("%s on %s: observed device times correct the prediction by %.2f", *pair, correction.factor)
+        if self.corrections.due(pair):
+            base = await self.surfaces.base(event, device)
+            if self.corrections.due(pair):  # it was computed in a thread, and the function may have gone meanwhile
+                profiled = base.recipe.profile is not None
+                self.corrections.compare(pair, base.physical, base.surface, profiled=profiled)
 
     async def _delete_orphans(self) -> None:
         for subject in sorted(self._seen | set(self._published)):
@@ -233,28 +249,42 @@ class RappApp:
                 self._published.pop(subject, None)
                 _log.info("%s is deleted: the function is gone", subject)
 
-    async def _surface(self, event: FunctionEvent, device: DeviceModel, recipe: Recipe) -> Surface:
-        pair = (event.spec.name, device.name)
-        known = self._surfaces.get(pair)
-        if known is not None and known[0] == recipe:
-            return known[1]
-        surface = await asyncio.to_thread(surface_of, recipe, self.predictions.model(device.name))
-        self._surfaces[pair] = (recipe, surface)
-        return surface
+    async def _plan(self, event: FunctionEvent, device_model: str) -> list[Cell]:
+        """What to measure of a function: as much as PROFILE_BUDGET_S may do, if the estimate is far too pessimistic."""
+        device = self.world.device_models().get(device_model)
+        if device is None:
+            raise UnavailableError(f"no node has a {device_model}")
+        recipe = self.predictions.recipe(event, device)
+        candidates = probe_candidates(batch_axis(event.spec.max_batch), device.sm_rungs_pct)
+        plan = await asyncio.to_thread(
+            lambda: plan_probes(physical_of(recipe), candidates, budget_s=PROFILE_BUDGET_S, slack=PLAN_SLACK)
+        )
+        return [probe.cell for probe in plan]
 
     async def _profiled(self, event: FunctionEvent, device_model: str, points: Sequence[ProfilePoint]) -> None:
-        await self._learn(workload_digest(event.spec), device_model, points)
+        """A run is over. If drift asked for it, what was measured before is no longer so and is dropped."""
+        workload = workload_digest(event.spec)
+        again = (workload, device_model) in self._again
+        self._again.discard((workload, device_model))
+        await self._learn(workload, device_model, points, afresh=again)
         await self.trainer.train(device_model)
+        if again:
+            self.corrections.rebase(device_model, workload)
+            self._poke()
 
-    async def _learn(self, workload: str, device_model: str, points: Sequence[ProfilePoint]) -> None:
-        profile = self.predictions.profile(device_model, workload).merged(points)
+    async def _learn(
+        self, workload: str, device_model: str, points: Sequence[ProfilePoint], *, afresh: bool = False
+    ) -> None:
+        before = Profile(workload, device_model) if afresh else self.predictions.profile(device_model, workload)
+        profile = before.merged(points)
         self.predictions.learn(profile)
         try:
             await asyncio.to_thread(self._repository.save_profile, profile)
         except OSError as error:
-            _log.error("a profile could not be kept; a restart will measure again: %s", error)
+            self._repository.note(f"a profile could not be kept; a restart will measure again: {error}")
 
-    def _pair(self, function: str, device_model: str) -> tuple[FunctionEvent, DeviceModel]:
+    def pair(self, function: str, device_model: str) -> tuple[FunctionEvent, DeviceModel]:
+        """Returns what is known of a function and a device model; raises NotFoundError."""
         event = self.world.functions.get(function)
         if event is None:
             raise NotFoundError("function", function)
@@ -263,86 +293,40 @@ class RappApp:
             raise NotFoundError("device model", device_model, "no node has reported one")
         return event, device
 
-    async def predict(
-        self, function: str, device_model: str, configurations: Sequence[tuple[int, int, int]]
-    ) -> tuple[list[float], Recipe]:
-        """Returns latencies in seconds of (batch, sm_pct, quota_permille), and what they were made from.
-
-        Raises NotFoundError for a function or device model, InvalidError for a configuration that can't be.
-        """
-        event, device = self._pair(function, device_model)
-        if not 1 <= len(configurations) <= POINTS_MAX:
-            raise InvalidError("configurations", expected=f"1..{POINTS_MAX} of them", got=str(len(configurations)))
-        for batch, sm_pct, quota_permille in configurations:
-            for name, value, high in (
-                ("batch", batch, event.spec.max_batch),
-                ("sm_pct", sm_pct, 100),
-                ("quota_permille", quota_permille, 1000),
-            ):
-                if not 1 <= value <= high:
-                    raise InvalidError(f"configuration.{name}", expected=f"1..{high}", got=str(value))
-        recipe = self.predictions.recipe(event, device)
-        surface = await self._surface(event, device, recipe)
-        return surface.at(*zip(*configurations, strict=True)).tolist(), recipe
-
-    async def predict_surface(
-        self,
-        function: str,
-        device_model: str,
-        *,
-        batches: Sequence[int] = (),
-        sm_pcts: Sequence[int] = (),
-        quotas_permille: Sequence[int] = (),
-    ) -> tuple[tuple[CapacityPoint, ...], Recipe]:
-        """Returns the points of a grid (an empty axis: the published table's), and what they were made from.
-
-        Raises NotFoundError for a function or device model, InvalidError for an axis that can't be.
-        """
-        event, device = self._pair(function, device_model)
-        usual = table_axes(max_batch=event.spec.max_batch, sm_rungs_pct=device.sm_rungs_pct)
-        axes = Axes(
-            tuple(batches) or usual.batches,
-            tuple(sm_pcts) or usual.sm_pcts,
-            tuple(quotas_permille) or usual.quotas_permille,
-        )
-        axes.validate()
-        if axes.batches[-1] > event.spec.max_batch:
-            raise InvalidError("batches", expected=f"1..{event.spec.max_batch}", got=str(axes.batches[-1]))
-        recipe = self.predictions.recipe(event, device)
-        surface = await self._surface(event, device, recipe)
-        return surface_points(surface, axes, slo_ms=event.spec.slo_ms), recipe
-
     async def ingest(self, function: str, device_model: str, points: Sequence[ProfilePoint]) -> int:
         """Adds measurements and returns how many; the model is trained again in the background.
 
-        Raises NotFoundError for a function or device model, InvalidError for a point that can't be (none is taken).
+        Raises NotFoundError for a function or device model, InvalidError for a point that can't be or rows of one
+        configuration that disagree (none is taken then).
         """
-        event, device = self._pair(function, device_model)
+        event, device = self.pair(function, device_model)
         if not 1 <= len(points) <= POINTS_MAX:
             raise InvalidError("points", expected=f"1..{POINTS_MAX} of them", got=str(len(points)))
+        check_agreement(points)
         await self._learn(workload_digest(event.spec), device.name, points)
         self._poke()
         return len(points)
 
-    def cards(self, device_model: str = "") -> list[ModelCard]:
-        """Returns the cards of the served models, of one device model or of all. Raises NotFoundError."""
-        if device_model and device_model not in {*self.predictions.served, *self.world.device_models()}:
-            raise NotFoundError("device model", device_model)
-        names = [device_model] if device_model else sorted(self.predictions.served)
-        return [self.predictions.served[name].model.card for name in names if name in self.predictions.served]
+    @property
+    def notes(self) -> Sequence[str]:
+        """What could not be read or written, in words, newest last."""
+        return self._repository.notes
 
-    def profiling_texts(self, device_model: str = "") -> dict[str, str]:
-        """Returns "function on device model" -> progress of the runs under way, waiting or failed."""
-        return {
-            f"{event.spec.name} on {key[1]}": job.progress
-            for key, job in self.profiling.jobs.items()
-            for event in self.world.functions.values()
-            if workload_digest(event.spec) == key[0] and device_model in ("", key[1])
-        }
 
-    def function_names(self, workloads: Sequence[str]) -> list[str]:
-        """Returns names of the deployed functions with these workloads; a shortened digest for one not deployed."""
-        names: dict[str, list[str]] = {}
-        for event in self.world.functions.values():
-            names.setdefault(workload_digest(event.spec), []).append(event.spec.name)
-        return sorted(name for workload in workloads for name in names.get(workload, [workload[:12]]))
+def check_agreement(points: Sequence[ProfilePoint]) -> None:
+    """Raises InvalidError for a point that can't be, and for two of one configuration whose times disagree."""
+    seen: dict[Cell, ProfilePoint] = {}
+    for point in points:
+        point.validate()
+        other = seen.setdefault(point.configuration, point)
+        for name, a_s, b_s in (
+            ("latency", point.latency_s, other.latency_s),
+            ("device time", point.device_time_s, other.device_time_s),
+        ):
+            if max(a_s, b_s) > AGREEMENT * min(a_s, b_s):
+                batch, sm_pct, quota = point.configuration
+                raise InvalidError(
+                    f"points of batch {batch}, SM {sm_pct} %, quota {quota / 10:g} %",
+                    expected=f"rows that agree within {AGREEMENT - 1:.0%}, or one row",
+                    got=f"{name} {1e3 * b_s:.4g} ms and {1e3 * a_s:.4g} ms",
+                )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 
+import numpy as np
 from hasgpu_core.capacity import CapacityTable
 from hasgpu_core.events import FunctionEvent
 from hasgpu_predictor import (
     Correction,
+    Factors,
     LatencyModel,
+    ModelCard,
     ObservedBatch,
     PhysicalModel,
     Profile,
@@ -22,8 +27,18 @@ from hasgpu_predictor import (
     table_axes,
     workload_digest,
 )
+from numpy.typing import NDArray
 
 from hasgpu_rapp.world import DeviceModel
+
+Array = NDArray[np.float64]
+
+STATIC_SPREAD = 3.0
+"""A guess may be that many times too high or too low; its interval says so."""
+UNKNOWN_SPREAD = 1.25
+"""The same of a profiled surface without intervals of its own and without a measured error."""
+NORMAL_P95, NORMAL_MEAN = 1.645, 0.798
+"""Of a standard normal: its 95th percentile, and the mean of its absolute value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +61,30 @@ class Recipe:
     version: int
     profile: Profile | None
     """None: static."""
-    factor: float
+    factors: Factors
     """Of the online correction."""
+    drift: str
+    """In words; nothing is computed from it, but it is published."""
+
+    @classmethod
+    def of_profile(cls, profile: Profile, device: DeviceModel, max_batch: int) -> Recipe:
+        """Returns that of a profile alone, without a function."""
+        largest = max(max_batch, *(point.batch for point in profile.points))
+        return cls(device, profile.workload, 0, 1, largest, 0, profile, Factors(), "")
+
+    @property
+    def basis(self) -> str:
+        """What is published as the table's basis."""
+        return "static" if self.profile is None else "profiled"
+
+    @property
+    def profiled_max_batch(self) -> int:
+        """The largest batch measured; 0: none."""
+        return max((point.batch for point in self.profile.points), default=0) if self.profile else 0
+
+    def uncorrected(self) -> Recipe:
+        """Returns what the surface depends on before any correction."""
+        return replace(self, factors=Factors(), drift="")
 
 
 @dataclass(slots=True)
@@ -98,13 +135,16 @@ class Predictions:
             max_batch=spec.max_batch,
             version=served.model.card.version if served else 0,
             profile=served.profiles.get(workload) if served else None,
-            factor=correction.factor if correction else 1.0,
+            factors=correction.factors if correction else Factors(),
+            drift=correction.drift if correction else "",
         )
 
-    def observe(self, function: str, device_model: str, batches: list[ObservedBatch]) -> None:
-        """Remembers executed batches."""
+    def observe(
+        self, function: str, device_model: str, batches: Sequence[ObservedBatch], sources: Sequence[str] = ()
+    ) -> None:
+        """Remembers executed batches of an instance."""
         if batches:
-            self.corrections.setdefault((function, device_model), Correction()).observe(batches)
+            self.corrections.setdefault((function, device_model), Correction()).observe(batches, sources=sources)
 
     def forget(self, function: str) -> None:
         """Drops the observations of a function that was deleted."""
@@ -131,17 +171,30 @@ def physical_of(recipe: Recipe) -> PhysicalModel:
 
 
 def surface_of(recipe: Recipe, model: LatencyModel) -> Surface:
-    """Computes the surface of a recipe, correction included."""
+    """Computes the surface of a recipe before any correction; it has intervals."""
     profile = recipe.profile or Profile(recipe.workload, recipe.device.name)
     axes = profile_axes(profile, max_batch=recipe.max_batch, sm_rungs_pct=recipe.device.sm_rungs_pct)
     if recipe.profile is None:
-        return static_surface(physical_of(recipe), axes).scaled(recipe.factor)
-    return model.surface(profile, axes).scaled(recipe.factor)
+        return _with_interval(static_surface(physical_of(recipe), axes), STATIC_SPREAD)
+    return _with_interval(model.surface(profile, axes), spread_of(model.card))
+
+
+def spread_of(card: ModelCard) -> float:
+    """Returns the factor by which 90 % of latencies are expected to lie off at most, from the card's mean error."""
+    if card.mape_pct is None:
+        return UNKNOWN_SPREAD
+    return float(np.exp(max(0.01, NORMAL_P95 / NORMAL_MEAN * card.mape_pct / 100)))
+
+
+def _with_interval(surface: Surface, spread: float) -> Surface:
+    if surface.low_s is not None and surface.high_s is not None:
+        return surface
+    return replace(surface, low_s=surface.latency_s / spread, high_s=surface.latency_s * spread)
 
 
 def table_of(event: FunctionEvent, recipe: Recipe, surface: Surface, *, computed_unix_ns: int) -> CapacityTable:
     """Returns the table to publish."""
-    return capacity_table(
+    table = capacity_table(
         surface,
         function=event.spec.name,
         function_revision=event.revision,
@@ -151,3 +204,16 @@ def table_of(event: FunctionEvent, recipe: Recipe, surface: Surface, *, computed
         slo_ms=recipe.slo_ms,
         axes=table_axes(max_batch=recipe.max_batch, sm_rungs_pct=recipe.device.sm_rungs_pct),
     )
+    return replace(
+        table,
+        correction_permille=round(1e3 * recipe.factors.device),
+        run_correction_permille=round(1e3 * recipe.factors.run),
+        drift=recipe.drift,
+        profiled_max_batch=recipe.profiled_max_batch,
+    )
+
+
+def data_sha256(profiles: Mapping[str, Profile]) -> str:
+    """Returns the digest of what a model was trained on, lower-case hex."""
+    rows = [[workload, [astuple(point) for point in profiles[workload].points]] for workload in sorted(profiles)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

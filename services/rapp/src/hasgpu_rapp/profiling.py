@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,15 +29,25 @@ RUNS_AT_ONCE = 4
 FINAL_ERRORS = (ModelError, InvalidError, IntegrityError, UnsupportedError)
 """Trying the same function again would give the same."""
 
+PROFILE_BUDGET_S = 8.0
+"""For measuring in one run; loading is extra."""
+
 Key = tuple[str, str]
 """(workload, device model)."""
+Cell = tuple[int, int, int]
+"""(batch, sm_pct, quota_permille)."""
 
 
 class Measurer(Protocol):
     """Runs a profile on a device."""
 
-    def measure(self, place: ProfilePlace, spec: FunctionSpec) -> AsyncGenerator[ProfilePoint | str, None]:
-        """Yields points and progress in words; raises HasgpuError."""
+    def measure(
+        self, place: ProfilePlace, spec: FunctionSpec, cells: Sequence[Cell]
+    ) -> AsyncGenerator[ProfilePoint | str, None]:
+        """Measures cells in order while PROFILE_BUDGET_S lasts.
+
+        Yields points and progress in words; raises HasgpuError.
+        """
         ...
 
 
@@ -60,6 +70,7 @@ class Profiling:
 
     Args:
         places: Live devices of a device model; asked before each attempt.
+        plan: What to measure of a function on a device model, the most informative first.
         done: Takes the points of a finished run.
     """
 
@@ -70,28 +81,34 @@ class Profiling:
         measurer: Measurer,
         tasks: asyncio.TaskGroup,
         places: Callable[[str], list[ProfilePlace]],
+        plan: Callable[[FunctionEvent, str], Awaitable[Sequence[Cell]]],
         done: Callable[[FunctionEvent, str, list[ProfilePoint]], Awaitable[None]],
     ) -> None:
         self._clock = clock
         self._measurer = measurer
         self._tasks = tasks
         self._places = places
+        self._plan = plan
         self._done = done
         self._slots = asyncio.Semaphore(RUNS_AT_ONCE)
         self.jobs: dict[Key, Job] = {}
 
-    def ensure(self, key: Key, event: FunctionEvent) -> None:
-        """Starts the run unless it is under way, rests, or has failed for good on this revision of the function."""
+    def ensure(self, key: Key, event: FunctionEvent) -> bool:
+        """Starts the run unless it is under way, rests, or has failed for good on this revision of the function.
+
+        Tells whether it did.
+        """
         job = self.jobs.get(key)
         if job is not None and not job.failed:
-            return
+            return False
         if job is not None and job.event == event and (job.again_s is None or self._clock.now_s() < job.again_s):
-            return
+            return False
         if not self._places(key[1]):
-            return
+            return False
         job = Job(event)
         self.jobs[key] = job
         job.task = self._tasks.create_task(self._run(key, job), name=f"profile {event.spec.name} on {key[1]}")
+        return True
 
     def keep_only(self, keys: set[Key]) -> None:
         """Cancels and forgets the runs that no function needs any more."""
@@ -131,7 +148,8 @@ class Profiling:
         job.progress = f"asking {place.node} for {place.gpu}"
         _log.info("the profile of %s on %s: attempt %d, %s", job.event.spec.name, device_model, attempt, job.progress)
         points: list[ProfilePoint] = []
-        async with aclosing(self._measurer.measure(place, job.event.spec)) as news:
+        cells = await self._plan(job.event, device_model)
+        async with aclosing(self._measurer.measure(place, job.event.spec, cells)) as news:
             async for item in news:
                 if isinstance(item, str):
                     job.progress = item

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from hasgpu_core.errors import HasgpuError, NotFoundError
 from hasgpu_core.ports import Clock
@@ -12,7 +13,7 @@ from hasgpu_predictor import LatencyModel, ModelCard, Profile, TrainingSettings
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_rapp.adapters.repository import Repository
-from hasgpu_rapp.predictions import Predictions
+from hasgpu_rapp.predictions import Predictions, data_sha256
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Trainer:
         self._trained = trained
         self._lock = asyncio.Lock()
         self._failed_on: dict[str, Mapping[str, Profile]] = {}
+        self.versions: dict[str, Sequence[Mapping[str, Any]]] = {}
+        """Cards of the newest models by device model, oldest first, each with `data_sha256`."""
 
     def refresh(self, device_model: str) -> None:
         """Trains in the background when the served model has not learnt the newest profiles.
@@ -111,7 +114,8 @@ class Trainer:
                 progress=tell,
             ).stamped(train_s=self._clock.now_s() - began_s, trained_unix_ns=self._clock.unix_ns())
             try:
-                self._repository.save_model(model)
+                kept = self._repository.save_model(model, data_sha256(profiles))
+                self.versions[device_model] = kept
             except OSError as error:
                 _log.error("the model of %s could not be kept; a restart will train anew: %s", device_model, error)
             return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hasgpu_core.events import FunctionEvent, InstanceEvent, NodeEvent
+from hasgpu_core.events import BatchObservation, FunctionEvent, InstanceEvent, NodeEvent
 from hasgpu_predictor import ObservedBatch, workload_digest
 
 HEARTBEAT_LAPSE_S = 10.0
@@ -44,8 +44,9 @@ class World:
     functions: dict[str, FunctionEvent] = field(default_factory=dict)
     workload_since: dict[str, int] = field(default_factory=dict)
     """First revision of each function with its present workload; instances of older ones tell nothing of it."""
+    batches_read: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """By instance: its function, and how many of its batches were taken in."""
     _nodes: dict[str, _Node] = field(default_factory=dict)
-    _batches_read: dict[str, int] = field(default_factory=dict)
 
     def function(self, event: FunctionEvent) -> bool:
         """Takes a function's newest revision; tells whether its workload is another than before."""
@@ -99,12 +100,30 @@ class World:
         An event repeats the newest observations; the instance's cumulative count tells which are new. A count that
         fell belongs to a new worker.
         """
-        read = self._batches_read.get(event.instance, 0)
+        _, read = self.batches_read.get(event.instance, ("", 0))
         fresh_count = event.batches_count - read if event.batches_count >= read else event.batches_count
-        self._batches_read[event.instance] = event.batches_count
+        self.batches_read[event.instance] = (event.function, event.batches_count)
         fresh = event.observations[max(0, len(event.observations) - fresh_count) :]
-        return [ObservedBatch(o.batch, o.sm_pct, o.device_time_ns / 1e9) for o in fresh]
+        return [_observed(observation) for observation in fresh]
+
+    def read_of(self, function: str) -> dict[str, int]:
+        """Returns how many batches of each instance of a function were taken in."""
+        return {name: count for name, (of, count) in self.batches_read.items() if of == function}
 
     def instance_gone(self, instance: str) -> None:
         """Forgets an instance; ids are never used twice."""
-        self._batches_read.pop(instance, None)
+        self.batches_read.pop(instance, None)
+
+
+def _observed(observation: BatchObservation) -> ObservedBatch:
+    run_ns = 0
+    if observation.gate_wait_ns is not None:
+        run_ns = max(0, observation.latency_ns - observation.gate_wait_ns)
+    return ObservedBatch(
+        observation.batch,
+        observation.sm_pct,
+        observation.device_time_ns / 1e9,
+        run_ns / 1e9,
+        observation.request_permille,
+        observation.latency_ns / 1e9,
+    )

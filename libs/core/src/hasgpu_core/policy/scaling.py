@@ -107,6 +107,8 @@ class FunctionState:
     """By instance: since when it has been on its way to READY."""
     refused_since_s: Mapping[str, float] = field(default_factory=dict)
     """By instance: since when its agent has been refusing the quota desired."""
+    own: object = None
+    """What policies other than HasGpuPolicy remember, a frozen value of their own; None: nothing yet."""
 
 
 @dataclass(frozen=True, slots=True)

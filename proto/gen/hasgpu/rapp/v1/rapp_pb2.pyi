@@ -52,8 +52,11 @@ class PredictRequest(_message.Message):
     FUNCTION_FIELD_NUMBER: _builtins.int
     DEVICE_MODEL_FIELD_NUMBER: _builtins.int
     CONFIGURATIONS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     device_model: _builtins.str
+    instance: _builtins.str
+    """Corrected by what this instance of the function was seen to take; empty: by what all do."""
     @_builtins.property
     def configurations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Configuration]: ...
     def __init__(
@@ -62,10 +65,11 @@ class PredictRequest(_message.Message):
         function: _builtins.str = ...,
         device_model: _builtins.str = ...,
         configurations: _abc.Iterable[Global___Configuration] | None = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "device_model", b"device_model", "function", b"function"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "device_model", b"device_model", "function", b"function", "instance", b"instance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -78,22 +82,44 @@ class PredictResponse(_message.Message):
     LATENCIES_NS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
+    LOW_NS_FIELD_NUMBER: _builtins.int
+    HIGH_NS_FIELD_NUMBER: _builtins.int
+    EXTRAPOLATED_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """Of the model."""
     basis: _builtins.str
+    """"profiled", or "static": a guess, nothing of the function was measured."""
     @_builtins.property
     def latencies_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """In the order asked."""
 
+    @_builtins.property
+    def low_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """90 % interval of each latency."""
+
+    @_builtins.property
+    def high_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def extrapolated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether the batch is larger than any that was measured."""
+
+    @_builtins.property
+    def correction(self) -> Global___Correction: ...
     def __init__(
         self,
         *,
         latencies_ns: _abc.Iterable[_builtins.int] | None = ...,
         version: _builtins.int = ...,
         basis: _builtins.str = ...,
+        low_ns: _abc.Iterable[_builtins.int] | None = ...,
+        high_ns: _abc.Iterable[_builtins.int] | None = ...,
+        extrapolated: _abc.Iterable[_builtins.bool] | None = ...,
+        correction: Global___Correction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "latencies_ns", b"latencies_ns", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "extrapolated", b"extrapolated", "high_ns", b"high_ns", "latencies_ns", b"latencies_ns", "low_ns", b"low_ns", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -108,8 +134,11 @@ class PredictSurfaceRequest(_message.Message):
     BATCHES_FIELD_NUMBER: _builtins.int
     SM_PCTS_FIELD_NUMBER: _builtins.int
     QUOTAS_PERMILLE_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     device_model: _builtins.str
+    instance: _builtins.str
+    """As in PredictRequest."""
     @_builtins.property
     def batches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: the grid of the published table."""
@@ -126,10 +155,11 @@ class PredictSurfaceRequest(_message.Message):
         batches: _abc.Iterable[_builtins.int] | None = ...,
         sm_pcts: _abc.Iterable[_builtins.int] | None = ...,
         quotas_permille: _abc.Iterable[_builtins.int] | None = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "device_model", b"device_model", "function", b"function", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "device_model", b"device_model", "function", b"function", "instance", b"instance", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -143,11 +173,29 @@ class PredictSurfaceResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
     SLO_MS_FIELD_NUMBER: _builtins.int
+    LOW_US_FIELD_NUMBER: _builtins.int
+    HIGH_US_FIELD_NUMBER: _builtins.int
+    EXTRAPOLATED_BATCHES_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     basis: _builtins.str
     slo_ms: _builtins.int
     @_builtins.property
-    def points(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.CapacityPoint]: ...
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.CapacityPoint]:
+        """Batch-major, then SM share, then quota."""
+
+    @_builtins.property
+    def low_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """90 % interval of each point's latency."""
+
+    @_builtins.property
+    def high_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def extrapolated_batches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The batches of the grid that are larger than any that was measured."""
+
+    @_builtins.property
+    def correction(self) -> Global___Correction: ...
     def __init__(
         self,
         *,
@@ -155,14 +203,122 @@ class PredictSurfaceResponse(_message.Message):
         version: _builtins.int = ...,
         basis: _builtins.str = ...,
         slo_ms: _builtins.int = ...,
+        low_us: _abc.Iterable[_builtins.int] | None = ...,
+        high_us: _abc.Iterable[_builtins.int] | None = ...,
+        extrapolated_batches: _abc.Iterable[_builtins.int] | None = ...,
+        correction: Global___Correction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "points", b"points", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "extrapolated_batches", b"extrapolated_batches", "high_us", b"high_us", "low_us", b"low_us", "points", b"points", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PredictSurfaceResponse: _TypeAlias = PredictSurfaceResponse  # noqa: Y015
+
+@_typing.final
+class Correction(_message.Message):
+    """What observed batches say of the prediction."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTOR_FIELD_NUMBER: _builtins.int
+    RUN_FACTOR_FIELD_NUMBER: _builtins.int
+    BATCHES_COUNT_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    factor: _builtins.float
+    """In force: on latencies that the quota decides, and on the others."""
+    run_factor: _builtins.float
+    batches_count: _builtins.int
+    """Batches that they rest on."""
+    drift: _builtins.str
+    """In words; empty: none."""
+    def __init__(
+        self,
+        *,
+        factor: _builtins.float = ...,
+        run_factor: _builtins.float = ...,
+        batches_count: _builtins.int = ...,
+        drift: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches_count", b"batches_count", "drift", b"drift", "factor", b"factor", "run_factor", b"run_factor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Correction: _TypeAlias = Correction  # noqa: Y015
+
+@_typing.final
+class CapacityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    DEVICE_MODEL_FIELD_NUMBER: _builtins.int
+    SLO_MS_FIELD_NUMBER: _builtins.int
+    CONFIGURATIONS_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    device_model: _builtins.str
+    slo_ms: _builtins.int
+    """0: the function's objective."""
+    @_builtins.property
+    def configurations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Configuration]:
+        """Empty: the grid of the published table."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        device_model: _builtins.str = ...,
+        slo_ms: _builtins.int = ...,
+        configurations: _abc.Iterable[Global___Configuration] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "device_model", b"device_model", "function", b"function", "slo_ms", b"slo_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CapacityRequest: _TypeAlias = CapacityRequest  # noqa: Y015
+
+@_typing.final
+class CapacityResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    SLO_MS_FIELD_NUMBER: _builtins.int
+    TABLE_COMPUTED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    INFEASIBLE_REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    basis: _builtins.str
+    slo_ms: _builtins.int
+    table_computed_unix_ns: _builtins.int
+    """When the published table was computed; 0: none is published."""
+    infeasible_reason: _builtins.str
+    """Empty, or why no configuration asked for meets the objective."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.CapacityPoint]:
+        """In the order asked."""
+
+    def __init__(
+        self,
+        *,
+        points: _abc.Iterable[_events_pb2.CapacityPoint] | None = ...,
+        version: _builtins.int = ...,
+        basis: _builtins.str = ...,
+        slo_ms: _builtins.int = ...,
+        table_computed_unix_ns: _builtins.int = ...,
+        infeasible_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "infeasible_reason", b"infeasible_reason", "points", b"points", "slo_ms", b"slo_ms", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CapacityResponse: _TypeAlias = CapacityResponse  # noqa: Y015
 
 @_typing.final
 class IngestRequest(_message.Message):
@@ -266,6 +422,10 @@ class ModelCard(_message.Message):
     MAPE_PCT_FIELD_NUMBER: _builtins.int
     TRAIN_S_FIELD_NUMBER: _builtins.int
     TRAINED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    PHYSICAL_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    DATA_SHA256_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
     device_model: _builtins.str
     version: _builtins.int
     sha256: _builtins.str
@@ -274,6 +434,13 @@ class ModelCard(_message.Message):
     """Mean absolute percentage error, 5-fold over rows; absent with fewer than 8 rows."""
     train_s: _builtins.float
     trained_unix_ns: _builtins.int
+    physical_mape_pct: _builtins.float
+    """The same error of the physical estimate alone."""
+    data_sha256: _builtins.str
+    """Of the profiles that it was trained on: sha256 over workloads and points."""
+    seed: _builtins.int
+    served: _builtins.bool
+    """Of the versions told, the one that serves."""
     @_builtins.property
     def functions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -290,14 +457,23 @@ class ModelCard(_message.Message):
         mape_pct: _builtins.float | None = ...,
         train_s: _builtins.float = ...,
         trained_unix_ns: _builtins.int = ...,
+        physical_mape_pct: _builtins.float | None = ...,
+        data_sha256: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        served: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mape_pct", b"_mape_pct", "mape_pct", b"mape_pct"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mape_pct", b"_mape_pct", "_physical_mape_pct", b"_physical_mape_pct", "mape_pct", b"mape_pct", "physical_mape_pct", b"physical_mape_pct"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mape_pct", b"_mape_pct", "device_model", b"device_model", "features", b"features", "functions", b"functions", "mape_pct", b"mape_pct", "rows_count", b"rows_count", "sha256", b"sha256", "train_s", b"train_s", "trained_unix_ns", b"trained_unix_ns", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mape_pct", b"_mape_pct", "_physical_mape_pct", b"_physical_mape_pct", "data_sha256", b"data_sha256", "device_model", b"device_model", "features", b"features", "functions", b"functions", "mape_pct", b"mape_pct", "physical_mape_pct", b"physical_mape_pct", "rows_count", b"rows_count", "seed", b"seed", "served", b"served", "sha256", b"sha256", "train_s", b"train_s", "trained_unix_ns", b"trained_unix_ns", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mape_pct: _TypeAlias = _typing.Literal["mape_pct"]  # noqa: Y015
     _WhichOneofArgType__mape_pct: _TypeAlias = _typing.Literal["_mape_pct", b"_mape_pct"]  # noqa: Y015
+    _WhichOneofReturnType__physical_mape_pct: _TypeAlias = _typing.Literal["physical_mape_pct"]  # noqa: Y015
+    _WhichOneofArgType__physical_mape_pct: _TypeAlias = _typing.Literal["_physical_mape_pct", b"_physical_mape_pct"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mape_pct) -> _WhichOneofReturnType__mape_pct | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__physical_mape_pct) -> _WhichOneofReturnType__physical_mape_pct | None: ...
 
 Global___ModelCard: _TypeAlias = ModelCard  # noqa: Y015
 
@@ -347,22 +523,375 @@ class DescribeResponse(_message.Message):
 
     CARDS_FIELD_NUMBER: _builtins.int
     PROFILING_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCard]: ...
+    def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCard]:
+        """Those that serve."""
+
     @_builtins.property
     def profiling(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Functions whose profile is running or waiting, with its progress."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCard]:
+        """Earlier versions too, newest first."""
+
+    @_builtins.property
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FunctionState]:
+        """Every function on every live device model."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Files that could not be read and the like, newest last."""
 
     def __init__(
         self,
         *,
         cards: _abc.Iterable[Global___ModelCard] | None = ...,
         profiling: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        versions: _abc.Iterable[Global___ModelCard] | None = ...,
+        functions: _abc.Iterable[Global___FunctionState] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cards", b"cards", "profiling", b"profiling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cards", b"cards", "functions", b"functions", "notes", b"notes", "profiling", b"profiling", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class FunctionState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    DEVICE_MODEL_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    POINTS_COUNT_FIELD_NUMBER: _builtins.int
+    PROFILED_MAX_BATCH_FIELD_NUMBER: _builtins.int
+    TABLE_COMPUTED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    CORRECTION_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    device_model: _builtins.str
+    basis: _builtins.str
+    version: _builtins.int
+    points_count: _builtins.int
+    profiled_max_batch: _builtins.int
+    table_computed_unix_ns: _builtins.int
+    """When its table was computed; 0: none is published."""
+    @_builtins.property
+    def correction(self) -> Global___Correction: ...
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFactor]:
+        """Of its instances and devices."""
+
+    @_builtins.property
+    def observed(self) -> Global___ObservedError: ...
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        device_model: _builtins.str = ...,
+        basis: _builtins.str = ...,
+        version: _builtins.int = ...,
+        points_count: _builtins.int = ...,
+        profiled_max_batch: _builtins.int = ...,
+        table_computed_unix_ns: _builtins.int = ...,
+        correction: Global___Correction | None = ...,
+        sources: _abc.Iterable[Global___SourceFactor] | None = ...,
+        observed: Global___ObservedError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction", "observed", b"observed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "device_model", b"device_model", "function", b"function", "observed", b"observed", "points_count", b"points_count", "profiled_max_batch", b"profiled_max_batch", "sources", b"sources", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FunctionState: _TypeAlias = FunctionState  # noqa: Y015
+
+@_typing.final
+class SourceFactor(_message.Message):
+    """An instance or a device that runs the function."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    BATCHES_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"instance <id>" or "device <node>/<gpu>"."""
+    factor: _builtins.float
+    batches_count: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        factor: _builtins.float = ...,
+        batches_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches_count", b"batches_count", "factor", b"factor", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SourceFactor: _TypeAlias = SourceFactor  # noqa: Y015
+
+@_typing.final
+class ObservedError(_message.Message):
+    """Over the newest batches of a function; runs are without the wait at the gate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCHES_COUNT_FIELD_NUMBER: _builtins.int
+    PREDICTED_RUN_NS_FIELD_NUMBER: _builtins.int
+    CORRECTED_RUN_NS_FIELD_NUMBER: _builtins.int
+    OBSERVED_RUN_NS_FIELD_NUMBER: _builtins.int
+    RUN_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    CORRECTED_RUN_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    DEVICE_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    CORRECTED_DEVICE_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    MEDIAN_RUN_ERROR_PCT_FIELD_NUMBER: _builtins.int
+    CORRECTED_MEDIAN_RUN_ERROR_PCT_FIELD_NUMBER: _builtins.int
+    batches_count: _builtins.int
+    predicted_run_ns: _builtins.int
+    corrected_run_ns: _builtins.int
+    observed_run_ns: _builtins.int
+    run_mape_pct: _builtins.float
+    corrected_run_mape_pct: _builtins.float
+    device_mape_pct: _builtins.float
+    corrected_device_mape_pct: _builtins.float
+    median_run_error_pct: _builtins.float
+    corrected_median_run_error_pct: _builtins.float
+    def __init__(
+        self,
+        *,
+        batches_count: _builtins.int = ...,
+        predicted_run_ns: _builtins.int = ...,
+        corrected_run_ns: _builtins.int = ...,
+        observed_run_ns: _builtins.int = ...,
+        run_mape_pct: _builtins.float = ...,
+        corrected_run_mape_pct: _builtins.float = ...,
+        device_mape_pct: _builtins.float = ...,
+        corrected_device_mape_pct: _builtins.float = ...,
+        median_run_error_pct: _builtins.float = ...,
+        corrected_median_run_error_pct: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches_count", b"batches_count", "corrected_device_mape_pct", b"corrected_device_mape_pct", "corrected_median_run_error_pct", b"corrected_median_run_error_pct", "corrected_run_mape_pct", b"corrected_run_mape_pct", "corrected_run_ns", b"corrected_run_ns", "device_mape_pct", b"device_mape_pct", "median_run_error_pct", b"median_run_error_pct", "observed_run_ns", b"observed_run_ns", "predicted_run_ns", b"predicted_run_ns", "run_mape_pct", b"run_mape_pct"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObservedError: _TypeAlias = ObservedError  # noqa: Y015
+
+@_typing.final
+class EvaluateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_MODEL_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    device_model: _builtins.str
+    function: _builtins.str
+    """Empty: all that were measured."""
+    def __init__(
+        self,
+        *,
+        device_model: _builtins.str = ...,
+        function: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_model", b"device_model", "function", b"function"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateRequest: _TypeAlias = EvaluateRequest  # noqa: Y015
+
+@_typing.final
+class EvaluateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    @_builtins.property
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FunctionError]: ...
+    def __init__(
+        self,
+        *,
+        functions: _abc.Iterable[Global___FunctionError] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateResponse: _TypeAlias = EvaluateResponse  # noqa: Y015
+
+@_typing.final
+class FunctionError(_message.Message):
+    """Each fifth of a function's points was predicted from the others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    POINTS_COUNT_FIELD_NUMBER: _builtins.int
+    MAPE_PCT_FIELD_NUMBER: _builtins.int
+    MEDIAN_APE_PCT_FIELD_NUMBER: _builtins.int
+    P95_APE_PCT_FIELD_NUMBER: _builtins.int
+    COVERAGE_90_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    points_count: _builtins.int
+    mape_pct: _builtins.float
+    median_ape_pct: _builtins.float
+    p95_ape_pct: _builtins.float
+    coverage_90: _builtins.float
+    """Share of the points inside their 90 % interval."""
+    @_builtins.property
+    def observed(self) -> Global___ObservedError:
+        """Absent: no batch was observed."""
+
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___PointError]: ...
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        points_count: _builtins.int = ...,
+        mape_pct: _builtins.float = ...,
+        median_ape_pct: _builtins.float = ...,
+        p95_ape_pct: _builtins.float = ...,
+        coverage_90: _builtins.float = ...,
+        observed: Global___ObservedError | None = ...,
+        points: _abc.Iterable[Global___PointError] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["observed", b"observed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage_90", b"coverage_90", "function", b"function", "mape_pct", b"mape_pct", "median_ape_pct", b"median_ape_pct", "observed", b"observed", "p95_ape_pct", b"p95_ape_pct", "points", b"points", "points_count", b"points_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FunctionError: _TypeAlias = FunctionError  # noqa: Y015
+
+@_typing.final
+class PointError(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIGURATION_FIELD_NUMBER: _builtins.int
+    MEASURED_NS_FIELD_NUMBER: _builtins.int
+    PREDICTED_NS_FIELD_NUMBER: _builtins.int
+    LOW_NS_FIELD_NUMBER: _builtins.int
+    HIGH_NS_FIELD_NUMBER: _builtins.int
+    measured_ns: _builtins.int
+    predicted_ns: _builtins.int
+    low_ns: _builtins.int
+    high_ns: _builtins.int
+    @_builtins.property
+    def configuration(self) -> Global___Configuration: ...
+    def __init__(
+        self,
+        *,
+        configuration: Global___Configuration | None = ...,
+        measured_ns: _builtins.int = ...,
+        predicted_ns: _builtins.int = ...,
+        low_ns: _builtins.int = ...,
+        high_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration", "high_ns", b"high_ns", "low_ns", b"low_ns", "measured_ns", b"measured_ns", "predicted_ns", b"predicted_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PointError: _TypeAlias = PointError  # noqa: Y015
+
+@_typing.final
+class PlanProbesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    DEVICE_MODEL_FIELD_NUMBER: _builtins.int
+    BUDGET_MS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    device_model: _builtins.str
+    budget_ms: _builtins.int
+    """Of measuring; 0: as in a profile of a new function."""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Configuration]:
+        """Empty: the batch ladder, the device's rungs, and usual quotas."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        device_model: _builtins.str = ...,
+        budget_ms: _builtins.int = ...,
+        candidates: _abc.Iterable[Global___Configuration] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "candidates", b"candidates", "device_model", b"device_model", "function", b"function"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanProbesRequest: _TypeAlias = PlanProbesRequest  # noqa: Y015
+
+@_typing.final
+class PlanProbesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedProbe]: ...
+    def __init__(
+        self,
+        *,
+        probes: _abc.Iterable[Global___PlannedProbe] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["probes", b"probes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanProbesResponse: _TypeAlias = PlanProbesResponse  # noqa: Y015
+
+@_typing.final
+class PlannedProbe(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIGURATION_FIELD_NUMBER: _builtins.int
+    COST_NS_FIELD_NUMBER: _builtins.int
+    EXPECTED_ERROR_PCT_FIELD_NUMBER: _builtins.int
+    cost_ns: _builtins.int
+    """Expected."""
+    expected_error_pct: _builtins.float
+    """Root of the mean squared relative error over the grid that is expected after it."""
+    @_builtins.property
+    def configuration(self) -> Global___Configuration: ...
+    def __init__(
+        self,
+        *,
+        configuration: Global___Configuration | None = ...,
+        cost_ns: _builtins.int = ...,
+        expected_error_pct: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration", "cost_ns", b"cost_ns", "expected_error_pct", b"expected_error_pct"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedProbe: _TypeAlias = PlannedProbe  # noqa: Y015

@@ -44,6 +44,11 @@ class RappServiceStub(object):
                 request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceRequest.SerializeToString,
                 response_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceResponse.FromString,
                 _registered_method=True)
+        self.Capacity = channel.unary_unary(
+                '/hasgpu.rapp.v1.RappService/Capacity',
+                request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityResponse.FromString,
+                _registered_method=True)
         self.Ingest = channel.unary_unary(
                 '/hasgpu.rapp.v1.RappService/Ingest',
                 request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.IngestRequest.SerializeToString,
@@ -59,6 +64,16 @@ class RappServiceStub(object):
                 request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Evaluate = channel.unary_unary(
+                '/hasgpu.rapp.v1.RappService/Evaluate',
+                request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateResponse.FromString,
+                _registered_method=True)
+        self.PlanProbes = channel.unary_unary(
+                '/hasgpu.rapp.v1.RappService/PlanProbes',
+                request_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesResponse.FromString,
+                _registered_method=True)
 
 
 class RappServiceServicer(object):
@@ -73,6 +88,13 @@ class RappServiceServicer(object):
 
     def PredictSurface(self, request, context):
         """The whole grid of a function on a device model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Capacity(self, request, context):
+        """Requests per second inside an objective, queueing included, for each configuration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +120,20 @@ class RappServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Evaluate(self, request, context):
+        """How far predictions lie from what was measured (each point held out in turn) and from what instances really take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanProbes(self, request, context):
+        """What to measure next, the most informative for its seconds first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RappServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +146,11 @@ def add_RappServiceServicer_to_server(servicer, server):
                     servicer.PredictSurface,
                     request_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceRequest.FromString,
                     response_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceResponse.SerializeToString,
+            ),
+            'Capacity': grpc.unary_unary_rpc_method_handler(
+                    servicer.Capacity,
+                    request_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityRequest.FromString,
+                    response_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityResponse.SerializeToString,
             ),
             'Ingest': grpc.unary_unary_rpc_method_handler(
                     servicer.Ingest,
@@ -125,6 +166,16 @@ def add_RappServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeRequest.FromString,
                     response_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Evaluate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evaluate,
+                    request_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateRequest.FromString,
+                    response_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'PlanProbes': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanProbes,
+                    request_deserializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesRequest.FromString,
+                    response_serializer=hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +232,33 @@ class RappService(object):
             '/hasgpu.rapp.v1.RappService/PredictSurface',
             hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceRequest.SerializeToString,
             hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PredictSurfaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Capacity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.rapp.v1.RappService/Capacity',
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityRequest.SerializeToString,
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.CapacityResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -262,6 +340,60 @@ class RappService(object):
             '/hasgpu.rapp.v1.RappService/Describe',
             hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeRequest.SerializeToString,
             hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evaluate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.rapp.v1.RappService/Evaluate',
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateRequest.SerializeToString,
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanProbes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.rapp.v1.RappService/PlanProbes',
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesRequest.SerializeToString,
+            hasgpu_dot_rapp_dot_v1_dot_rapp__pb2.PlanProbesResponse.FromString,
             options,
             channel_credentials,
             insecure,

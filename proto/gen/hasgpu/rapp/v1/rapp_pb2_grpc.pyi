@@ -35,11 +35,17 @@ class RappServiceStub:
     """Latencies of the configurations asked for, in one call."""
     PredictSurface: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.PredictSurfaceRequest, _rapp_pb2.PredictSurfaceResponse]
     """The whole grid of a function on a device model."""
+    Capacity: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.CapacityRequest, _rapp_pb2.CapacityResponse]
+    """Requests per second inside an objective, queueing included, for each configuration."""
     Ingest: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.IngestRequest, _rapp_pb2.IngestResponse]
     """Adds measurements of a function to the device model's profile."""
     Train: _grpc.UnaryStreamMultiCallable[_rapp_pb2.TrainRequest, _rapp_pb2.TrainResponse]
     """Fits the device model's predictor again; streams progress."""
     Describe: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.DescribeRequest, _rapp_pb2.DescribeResponse]
+    Evaluate: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.EvaluateRequest, _rapp_pb2.EvaluateResponse]
+    """How far predictions lie from what was measured (each point held out in turn) and from what instances really take."""
+    PlanProbes: _grpc.UnaryUnaryMultiCallable[_rapp_pb2.PlanProbesRequest, _rapp_pb2.PlanProbesResponse]
+    """What to measure next, the most informative for its seconds first."""
 
 @_typing.type_check_only
 class RappServiceAsyncStub(RappServiceStub):
@@ -48,11 +54,17 @@ class RappServiceAsyncStub(RappServiceStub):
     """Latencies of the configurations asked for, in one call."""
     PredictSurface: _aio.UnaryUnaryMultiCallable[_rapp_pb2.PredictSurfaceRequest, _rapp_pb2.PredictSurfaceResponse]  # type: ignore[assignment]
     """The whole grid of a function on a device model."""
+    Capacity: _aio.UnaryUnaryMultiCallable[_rapp_pb2.CapacityRequest, _rapp_pb2.CapacityResponse]  # type: ignore[assignment]
+    """Requests per second inside an objective, queueing included, for each configuration."""
     Ingest: _aio.UnaryUnaryMultiCallable[_rapp_pb2.IngestRequest, _rapp_pb2.IngestResponse]  # type: ignore[assignment]
     """Adds measurements of a function to the device model's profile."""
     Train: _aio.UnaryStreamMultiCallable[_rapp_pb2.TrainRequest, _rapp_pb2.TrainResponse]  # type: ignore[assignment]
     """Fits the device model's predictor again; streams progress."""
     Describe: _aio.UnaryUnaryMultiCallable[_rapp_pb2.DescribeRequest, _rapp_pb2.DescribeResponse]  # type: ignore[assignment]
+    Evaluate: _aio.UnaryUnaryMultiCallable[_rapp_pb2.EvaluateRequest, _rapp_pb2.EvaluateResponse]  # type: ignore[assignment]
+    """How far predictions lie from what was measured (each point held out in turn) and from what instances really take."""
+    PlanProbes: _aio.UnaryUnaryMultiCallable[_rapp_pb2.PlanProbesRequest, _rapp_pb2.PlanProbesResponse]  # type: ignore[assignment]
+    """What to measure next, the most informative for its seconds first."""
 
 class RappServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -70,6 +82,14 @@ class RappServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rapp_pb2.PredictSurfaceResponse, _abc.Awaitable[_rapp_pb2.PredictSurfaceResponse]]:
         """The whole grid of a function on a device model."""
+
+    @_abc_1.abstractmethod
+    def Capacity(
+        self,
+        request: _rapp_pb2.CapacityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rapp_pb2.CapacityResponse, _abc.Awaitable[_rapp_pb2.CapacityResponse]]:
+        """Requests per second inside an objective, queueing included, for each configuration."""
 
     @_abc_1.abstractmethod
     def Ingest(
@@ -93,5 +113,21 @@ class RappServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rapp_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rapp_pb2.DescribeResponse, _abc.Awaitable[_rapp_pb2.DescribeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Evaluate(
+        self,
+        request: _rapp_pb2.EvaluateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rapp_pb2.EvaluateResponse, _abc.Awaitable[_rapp_pb2.EvaluateResponse]]:
+        """How far predictions lie from what was measured (each point held out in turn) and from what instances really take."""
+
+    @_abc_1.abstractmethod
+    def PlanProbes(
+        self,
+        request: _rapp_pb2.PlanProbesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rapp_pb2.PlanProbesResponse, _abc.Awaitable[_rapp_pb2.PlanProbesResponse]]:
+        """What to measure next, the most informative for its seconds first."""
 
 def add_RappServiceServicer_to_server(servicer: RappServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -161,6 +161,11 @@ class NodeFolders:
         """Deletes the shared pages; only when no worker runs any more."""
         shutil.rmtree(self.pages, ignore_errors=True)
 
+    def clear_pages(self) -> None:
+        """Empties the folder of the shared pages, on the same condition: another version may have made them."""
+        for page in self.pages.iterdir():
+            page.unlink(missing_ok=True)
+
     def stale(self, live: set[Path]) -> list[Path]:
         """Returns the workers' folders under `instances` and `profiles` that are not among the live ones."""
         found = [p for parent in (self.instances, self.profiles) for p in parent.glob("*/worker-*")]

@@ -18,13 +18,15 @@ from hasgpu_device.gate import RowGate
 from hasgpu_device.worker_config import WorkerConfig
 
 from hasgpu_node_agent.adapters.folders import NodeFolders, WorkerFolder
-from hasgpu_node_agent.adapters.process import Process, running_workers, worker_argv
+from hasgpu_node_agent.adapters.process import Process, running_workers, wait_until_ended, worker_argv
 from hasgpu_node_agent.plan import load_digest
 from hasgpu_node_agent.ports import Adopted, Counters, LaunchRequest, WorkerRecord, WorkerStatus
 from hasgpu_node_agent.row_layout import Lease, has_places
 
 log = logging.getLogger(__name__)
 
+KILL_TIMEOUT_S = 5.0
+"""How long an agent that begins waits for the workers that it can't adopt; SIGKILL takes some milliseconds."""
 FAULT = re.compile(r"(CUDA|MPS|SM)_[A-Z0-9_]+[ :]")
 """How the status of a worker that met a fault of its device begins."""
 
@@ -90,6 +92,7 @@ class ProcessLauncher:
         is not taken for it.
         """
         adopted: list[Adopted] = []
+        killed: list[int] = []
         for pid, config in running_workers(self._folders.root):
             folder = self._folders.at(config.parent)
             process = Process.adopt(pid, on_exit)
@@ -102,6 +105,7 @@ class ProcessLauncher:
             except (HasgpuError, OSError) as error:
                 log.warning("worker %d is ended: %s", pid, error)
                 process.send(signal.SIGKILL)
+                killed.append(pid)
                 continue
             adopted.append(Adopted(record, worker))
         live = {self._folders.worker(found.record.key).path for found in adopted}
@@ -109,6 +113,8 @@ class ProcessLauncher:
             log.info("clearing %s away", path)
             self._folders.at(path).remove()
         self._folders.drop_empty()
+        if not adopted and wait_until_ended(killed, KILL_TIMEOUT_S):
+            self._folders.clear_pages()
         return adopted
 
     def forget(self, instance: str, *, profiling: bool = False) -> None:

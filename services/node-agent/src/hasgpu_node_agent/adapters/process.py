@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -156,3 +157,25 @@ def running_workers(under: Path) -> Iterator[tuple[int, Path]]:
             config = Path(argv[argv.index("--config") + 1])
             if config.is_relative_to(under):
                 yield process.pid, config
+
+
+def wait_until_ended(pids: Iterable[int], timeout_s: float) -> bool:
+    """Waits for processes that were killed, so long for each; returns whether all have ended. Blocks.
+
+    One that has ended and whose exit code nobody has taken yet counts as ended; it is not taken here either.
+    """
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        except (AttributeError, OSError):
+            return False  # not known without pidfds
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(timeout_s * 1e3):
+                return False
+        finally:
+            os.close(pidfd)
+    return True

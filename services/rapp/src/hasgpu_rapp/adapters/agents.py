@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 import grpc.aio
@@ -13,6 +13,7 @@ from hasgpu_runtime import wire
 from hasgpu_runtime.rpc import from_rpc_error, open_channel
 from hasgpu_runtime.telemetry import Telemetry
 
+from hasgpu_rapp.profiling import PROFILE_BUDGET_S, Cell
 from hasgpu_rapp.world import ProfilePlace
 
 PROFILE_TIMEOUT_S = 600.0
@@ -25,11 +26,22 @@ class AgentProfiler:
     def __init__(self, telemetry: Telemetry | None = None) -> None:
         self._telemetry = telemetry
 
-    async def measure(self, place: ProfilePlace, spec: FunctionSpec) -> AsyncGenerator[ProfilePoint | str, None]:
+    async def measure(
+        self, place: ProfilePlace, spec: FunctionSpec, cells: Sequence[Cell]
+    ) -> AsyncGenerator[ProfilePoint | str, None]:
         """Yields points and progress in words. Raises HasgpuError: what the agent said, or that it is away."""
         async with open_channel(place.address, telemetry=self._telemetry) as channel:
             stub = node_agent_pb2_grpc.NodeAgentServiceStub(channel)
-            request = node_agent_pb2.ProfileRequest(spec=wire.spec_to_proto(spec), gpu=place.gpu)
+            request = node_agent_pb2.ProfileRequest(
+                spec=wire.spec_to_proto(spec),
+                gpu=place.gpu,
+                budget_ms=round(PROFILE_BUDGET_S * 1e3),
+                configurations=[
+                    node_agent_pb2.ProfileConfiguration(batch=batch, sm_pct=sm_pct, quota_permille=quota)
+                    for batch, sm_pct, quota in cells
+                ],
+                in_order=True,
+            )
             try:
                 async for response in stub.Profile(request, timeout=PROFILE_TIMEOUT_S):
                     if response.WhichOneof("event") == "point":

@@ -1,0 +1,115 @@
+"""What a function's arrivals have been, and the rate to plan for: a quantile, the uncertainty of counting in it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+from hasgpu_core.policy.hybrid.settings import HybridSettings
+
+_FORGET = 0.97
+"""By how much older counts weigh less, a bin."""
+_ITEMS_A_BIN = 4.0
+_SHORTEST_BIN_S, _LONGEST_BIN_S = 0.25, 5.0
+_MOST_OF_ITEMS = 2.0
+_KEPT_FINE_S = 5.5
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Arrivals of one function: totals at the last looks, and the peaks of a longer time."""
+
+    fine: tuple[tuple[float, int], ...] = ()
+    """(time, total so far), oldest first, of the last seconds."""
+    peaks: tuple[tuple[float, float], ...] = ()
+    """(time, rate in rps): those rates that no later one exceeded, oldest (and largest) first."""
+    bin_start_s: float = 0.0
+    bin_total: int = 0
+    bin_s: float = 0.25
+    """Length of the bin that is being filled."""
+    bin_rate_rps: float | None = None
+    """Of the last whole bin."""
+    spread: float = 0.0
+    """Discounted sum of squared differences of neighbouring bins, halved."""
+    counted: float = 0.0
+    """Discounted sum of the items of these bins."""
+
+    @property
+    def dispersion(self) -> float:
+        """Variance of counts over their mean: 1 for Poisson arrivals, near 0 for regular ones; 1 while unknown."""
+        return self.spread / self.counted if self.counted > 0 else 1.0
+
+    def regular(self, settings: HybridSettings) -> bool:
+        """Whether arrivals keep their distance."""
+        return self.counted >= settings.regular_after_items / 2 and self.dispersion < settings.regular_below
+
+    def count(self, now_s: float, window_s: float) -> tuple[float, float]:
+        """Returns (items, seconds) of the last stretch of at least so long; (0, window) when little is known."""
+        if len(self.fine) < 2:
+            return 0.0, window_s
+        at = bisect_right(self.fine, now_s - window_s + 1e-9, key=lambda sample: sample[0]) - 1
+        start_s, total = self.fine[max(at, 0)]
+        return float(self.fine[-1][1] - total), max(self.fine[-1][0] - start_s, 1e-3)
+
+    def peak_rps(self) -> float:
+        """Returns the largest rate of the lookback."""
+        return self.peaks[0][1] if self.peaks else 0.0
+
+
+def observe(history: History, total: int | None, now_s: float, settings: HybridSettings) -> History:
+    """Returns the history with the newest total in it; unchanged without data."""
+    if total is None:
+        return history
+    fine = history.fine
+    if fine and total < fine[-1][1]:
+        fine = ()  # a gateway left the sum: totals start anew
+        history = replace(history, bin_total=total, bin_start_s=now_s, bin_rate_rps=None)
+    if fine and now_s <= fine[-1][0]:
+        return history
+    if not fine:
+        history = replace(history, bin_total=total, bin_start_s=now_s)
+    drop = 0
+    while drop + 2 < len(fine) and fine[drop + 1][0] <= now_s - _KEPT_FINE_S:
+        drop += 1
+    fine = (*fine[drop:], (now_s, total))
+    history = replace(history, fine=fine)
+    items, seconds = history.count(now_s, settings.rate_window_s)
+    # The window is that long even while less of it was seen: a rate of few moments is no peak.
+    span_s = max(seconds, settings.rate_window_s)
+    rate = (items + settings.quantile_sigmas * math.sqrt(items) * _spread_factor(history)) / span_s
+    peaks = history.peaks
+    keep = len(peaks)
+    while keep and peaks[keep - 1][1] <= rate:
+        keep -= 1
+    first = 0
+    while first < keep and peaks[first][0] < now_s - settings.lookback_s:
+        first += 1
+    return _binned(replace(history, peaks=(*peaks[first:keep], (now_s, rate))), total, now_s)
+
+
+def _spread_factor(history: History) -> float:
+    return math.sqrt(min(2.0, max(0.1, history.dispersion)))
+
+
+def _binned(history: History, total: int, now_s: float) -> History:
+    """Counts by bins that hold a few items each, whose differences tell regular from random arrivals."""
+    elapsed_s = now_s - history.bin_start_s
+    if elapsed_s < history.bin_s - 1e-6:
+        return history
+    items = float(total - history.bin_total)
+    rate = items / elapsed_s
+    before = history.bin_rate_rps
+    history = replace(
+        history,
+        bin_start_s=now_s,
+        bin_total=total,
+        bin_s=min(max(_ITEMS_A_BIN / max(rate, 1e-6), _SHORTEST_BIN_S), _LONGEST_BIN_S),
+        bin_rate_rps=rate,
+    )
+    if before is None:
+        return history
+    # The difference of two counts has twice the variance of one. A step of the rate is no dispersion: it is bounded.
+    squared = min((items - before * elapsed_s) ** 2 / 2, _MOST_OF_ITEMS * items)
+    spread, counted = _FORGET * history.spread + squared, _FORGET * history.counted + items
+    return replace(history, spread=spread, counted=counted)

@@ -1,0 +1,93 @@
+"""What is free on many devices, by how much of their SMs is: finding a row for an instance is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE, Allocation, DeviceState
+
+_Key = tuple[str, str]
+"""(node, gpu)"""
+_RowKey = tuple[str, str, int]
+"""(node, gpu, row); rows that this pass opens have numbers below 0."""
+
+
+class IndexedRoom:
+    """The room of one pass; functions take it from each other, none gives any back.
+
+    It says whether there is room, as `place` would find it: a row with the same SM share and enough request left, or
+    SMs in no row; and the memory. Where exactly an instance goes is the scheduler's to say.
+    """
+
+    def __init__(self, devices: Sequence[DeviceState]) -> None:
+        self.devices = devices
+        self._memory_bytes: dict[_Key, int] = {}
+        self._rows: dict[_RowKey, int] = {}
+        self._by_free: dict[tuple[str, int], dict[_Key, None]] = {}
+        self._by_sm: dict[tuple[str, int], dict[_RowKey, None]] = {}
+        self._rungs: dict[str, frozenset[int]] = {}
+        self._free_sm: dict[str, int] = {}
+        self._devices_count: dict[str, int] = {}
+        self._opened = 0
+        for device in devices:
+            info = device.info
+            key = (info.node, info.gpu)
+            used = [row for row in device.rows if row.used_permille > 0]
+            free = WHOLE_PCT - sum(row.sm_pct for row in used)
+            for row in used:
+                self._rows[(*key, row.index)] = row.free_permille
+                self._by_sm.setdefault((info.model, row.sm_pct), {})[(*key, row.index)] = None
+            self._memory_bytes[key] = device.free_memory_bytes
+            self._rungs[info.model] = self._rungs.get(info.model, frozenset()) | frozenset(info.sm_rungs_pct)
+            self._by_free.setdefault((info.model, free), {})[key] = None
+            self._free_sm[info.model] = self._free_sm.get(info.model, 0) + free
+            self._devices_count[info.model] = self._devices_count.get(info.model, 0) + 1
+
+    def free_permille(self, node: str, gpu: str, row: int) -> int:
+        """Request that a row has free; 0 when its device is not known."""
+        if (node, gpu) not in self._memory_bytes:
+            return 0
+        return self._rows.get((node, gpu, row), WHOLE_PERMILLE)
+
+    def free_part(self, model: str) -> float:
+        """Part of all SMs of a device model that is in no row."""
+        return self._free_sm.get(model, 0) / (WHOLE_PCT * max(1, self._devices_count.get(model, 0)))
+
+    def take(self, node: str, gpu: str, row: int, permille: int) -> None:
+        """Takes request from a row for an instance that is there already."""
+        self._rows[node, gpu, row] = self.free_permille(node, gpu, row) - permille
+
+    def new_row(self, allocation: Allocation, model: str) -> bool:
+        """Takes SMs in no row, on the device with the least that are enough; tells whether it could."""
+        if allocation.sm_pct not in self._rungs.get(model, frozenset()):
+            return False
+        for free in range(allocation.sm_pct, WHOLE_PCT + 1):
+            for key in self._by_free.get((model, free), {}):
+                if self._memory_bytes[key] < allocation.memory_bytes:
+                    continue
+                del self._by_free[model, free][key]
+                self._by_free.setdefault((model, free - allocation.sm_pct), {})[key] = None
+                self._free_sm[model] -= allocation.sm_pct
+                self._memory_bytes[key] -= allocation.memory_bytes
+                self._opened += 1
+                row = (*key, -self._opened)
+                self._rows[row] = WHOLE_PERMILLE - allocation.request_permille
+                if self._rows[row]:
+                    self._by_sm.setdefault((model, allocation.sm_pct), {})[row] = None
+                return True
+        return False
+
+    def share_row(self, allocation: Allocation, model: str) -> bool:
+        """Takes request of a row of the same SM share, the fullest that has enough; tells whether it could."""
+        rows = self._by_sm.get((model, allocation.sm_pct), {})
+        fitting = [
+            (self._rows[row], row)
+            for row in rows
+            if self._rows[row] >= allocation.request_permille and self._memory_bytes[row[:2]] >= allocation.memory_bytes
+        ]
+        if not fitting:
+            return False
+        free, row = min(fitting)
+        self._rows[row] = free - allocation.request_permille
+        self._memory_bytes[row[:2]] -= allocation.memory_bytes
+        return True

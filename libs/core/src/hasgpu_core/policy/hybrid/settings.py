@@ -1,0 +1,80 @@
+"""The constants of the hybrid policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hasgpu_core.errors import InvalidError
+
+
+@dataclass(frozen=True, slots=True)
+class HybridSettings:
+    """Each with what it is for; `designs/2026-11-24-policy.md` has what was tried."""
+
+    lend: bool = True
+    """Whether the devices lend idle time between request and limit. If so, instances ask for little and borrow."""
+    request_permille: int = 11
+    """What an instance asks for where time is lent; more than a parked one, which gets no requests."""
+    late_share: float = 0.0025
+    """Part of the requests that a steady load may make late. Below the objective of 0.5 %: steps take the rest."""
+    fill: float = 0.8
+    """Part of the largest throughput that a Poisson load may fill, whatever the wait."""
+    regular_fill: float = 0.93
+    """The same for a regular load."""
+    regular_below: float = 0.35
+    """A load whose counts vary by less than this part of their mean is regular (1: Poisson)."""
+    regular_after_items: float = 60.0
+    """So many arrivals have to have been counted before a load is taken for regular."""
+    latency_margin: float = 0.97
+    """A configuration is only chosen where a batch of one takes at most this part of the SLO."""
+    lookback_s: float = 60.0
+    """The plan covers the largest rate of this long: what came once comes again (the HAS-GPU and Azure loads return to
+    their peaks within it), and parked shares cost next to nothing while a cold start costs seconds."""
+    rate_window_s: float = 5.0
+    """Over which that rate is taken."""
+    burst_windows_s: tuple[float, ...] = (0.3, 0.6, 1.2, 2.4, 5.0)
+    """Over which a rise is looked for."""
+    burst_sigmas: float = 3.5
+    """A count above what the plan covers by so many standard deviations is a rise."""
+    quantile_sigmas: float = 0.5
+    """The rate planned for is the observed one plus so many standard deviations of its estimate."""
+    headroom: float = 1.05
+    """A new plan is made for so many times that."""
+    least_rps: float = 1.0
+    """And at least for this."""
+    gain: float = 0.12
+    """A cheaper plan is taken up only when it saves at least this part."""
+    settle_s: float = 20.0
+    """Shortest time between growing and shrinking."""
+    regret_s: float = 300.0
+    """Growing so soon after shrinking was a mistake: the next time it waits twice as long ..."""
+    most_patience: float = 32.0
+    """... up to so many times settle_s ..."""
+    forgive_s: float = 900.0
+    """... and half as long again after a time without change."""
+    most_instances: int = 8
+    """Of one function in a plan, if its own maximum is not less."""
+    spare: float = 2.5
+    """Parked instances are kept for so many times the rate planned for (where time is lent, they borrow instead)."""
+    spare_least_rps: float = 8.0
+    """And at least for this."""
+    most_parked: int = 4
+    roomy: float = 0.25
+    """Only while so much of the SMs is in no row."""
+    idle_to_zero_s: float = 60.0
+    """With min_instances = 0."""
+    start_timeout_s: float = 60.0
+    reference_rps: tuple[float, ...] = (1.0, 3.0, 8.0, 15.0, 25.0)
+    """Rates over which the SM share of a function is chosen before its own is known."""
+    calm: float = 2.0
+    """A function whose plan sustains so many times its rate is looked at less often; a queue wakes the scaler."""
+    look_again_s: float = 0.1
+    look_again_calm_s: float = 4.0
+    look_again_idle_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("late_share", "fill", "regular_fill", "latency_margin"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InvalidError(name, expected="more than 0, at most 1", got=str(getattr(self, name)))
+        if self.lookback_s < self.rate_window_s:
+            raise InvalidError("lookback_s", expected=f"at least {self.rate_window_s}", got=str(self.lookback_s))
