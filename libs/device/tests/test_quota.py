@@ -32,6 +32,9 @@ class Tenant:
     segments: list[int] = field(default_factory=list)
     ends: list[tuple[int, int, bool]] = field(default_factory=list)
     """When a segment ended, what it took, whether it was borrowed."""
+    waits_from_ns: int = 0
+    entitled_waits_ns: list[int] = field(default_factory=list)
+    """How long it waited for each segment while it was entitled."""
 
 
 class RowSimulator:
@@ -80,6 +83,8 @@ class RowSimulator:
 
     def run_segment(self, index: int, borrowed: bool) -> None:
         tenant, account = self.tenants[index], self.accounts[index]
+        lag_ns = max(0, account.lag_ns(self.clock))
+        tenant.entitled_waits_ns.append(min(self.now_ns - max(tenant.waits_from_ns, tenant.wants_from_ns), lag_ns))
         quota.start(account, self.clock, index, borrowed=borrowed)
         device_ns = max(1, round(tenant.segment_ns * max(0.1, self.random.gauss(1, tenant.spread))))
         arrive_ns = self.now_ns + round(device_ns * (1 + self.loss)) + self.overhead_ns
@@ -92,6 +97,7 @@ class RowSimulator:
                 quota.wake_up(other_account, self.clock, self.now_ns)
         self.move(arrive_ns)
         quota.charge(account, self.clock, self.now_ns, device_ns=device_ns, borrowed=borrowed)
+        tenant.waits_from_ns = self.now_ns
         tenant.used_ns += device_ns
         tenant.segments.append(device_ns)
         tenant.ends.append((self.now_ns, device_ns, borrowed))
@@ -162,7 +168,7 @@ def test_a_full_busy_row_is_shared_as_asked(
     pause_ms=st.lists(st.sampled_from([0.0, 0.0, 3.0, 90.0]), min_size=4, max_size=4),
     seed=st.integers(0, 1_000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_window_delivers_more_than_its_share(
     requests: list[int], limits: list[int], segment_ms: list[float], pause_ms: list[float], seed: int
 ) -> None:
@@ -180,15 +186,24 @@ def test_no_window_delivers_more_than_its_share(
                 assert sum(inside) <= 2 * WINDOW * permille / 1000 + 2 * max(tenant.segments)
 
 
-@given(count=st.integers(2, 8), segment_ms=st.floats(0.2, 5), seed=st.integers(0, 1_000))
+@given(
+    weights=st.lists(st.integers(1, 10), min_size=2, max_size=8),
+    segment_ms=st.floats(0.5, 5),
+    overhead_us=st.sampled_from([0, 0, 100, 400]),
+    seed=st.integers(0, 1_000),
+)
 @settings(max_examples=25, deadline=None)
-def test_nobody_entitled_waits_longer_than_two_windows(count: int, segment_ms: float, seed: int) -> None:
-    tenants = [Tenant(1000 // count, 1000, round(segment_ms * MS)) for _ in range(count)]
-    RowSimulator(tenants, seed=seed).run(3 * SECOND)
+def test_nobody_entitled_waits_longer_than_two_windows(
+    weights: list[int], segment_ms: float, overhead_us: int, seed: int
+) -> None:
+    requests = [max(10, 1000 * weight // sum(weights) - 10) for weight in weights]
+    tenants = [Tenant(request, 1000, round(segment_ms * MS)) for request in requests]
+    RowSimulator(tenants, overhead_ns=overhead_us * 1000, seed=seed).run(3 * SECOND // 2)
+    longest_ns = max(max(tenant.segments) for tenant in tenants)
+    # A row that loses time between its segments is overloaded: everybody's turn comes later, and still comes.
+    windows = 4 if overhead_us else 2
     for tenant in tenants:
-        ends = [end for end, _, _ in tenant.ends]
-        gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
-        assert max(gaps) <= 2 * WINDOW + max(max(other.segments) for other in tenants)
+        assert max(tenant.entitled_waits_ns) <= windows * WINDOW + longest_ns
 
 
 def test_turns_spare_change_overs() -> None:

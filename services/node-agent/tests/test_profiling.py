@@ -241,6 +241,40 @@ async def test_a_worker_that_does_not_end_is_no_client_of_its_gpu_any_more_when_
     assert profiler.processes == {}
 
 
+async def test_the_end_of_one_run_leaves_the_folder_of_the_next_alone(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    may_end = asyncio.Event()
+    end = world.reconciler.retirer.end
+
+    async def end_late(process: Any, gpu: str) -> None:
+        if process is world.launcher.started[0]:
+            await may_end.wait()
+        await end(process, gpu)
+
+    profiler = Profiler(
+        guard=world.guard,
+        launcher=world.launcher,
+        artifacts=world.artifacts,
+        client=world.client,
+        clock=world.clock,
+        spawn=world.spawn,
+        end=end_late,
+    )
+    for run in range(2):
+        async with aclosing(profiler.run(order(make))) as items:
+            async for item in items:
+                if isinstance(item, Point):
+                    break
+            if run:
+                may_end.set()
+            await world.step()
+            assert world.launcher.started[0].removed == bool(run)
+            assert world.launcher.forgotten == []
+    await world.step()
+    assert world.launcher.forgotten == ["f.profile"]
+
+
 async def test_runs_on_one_device_wait_for_each_other(world: Any, make: Any, profiler: Profiler) -> None:
     first = profiler.run(order(make))
     async for item in first:

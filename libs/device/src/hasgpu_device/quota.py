@@ -9,8 +9,8 @@ segment.
 relative quota is a time (for how long the instance has not used its share), here called *lag*.
 
 **Turns.** Changing over from one instance to another costs the row some tens of microseconds, so an instance that is
-entitled keeps the device for a turn of a quarter of a window before the order is looked at again. A turn never goes on
-beyond its quota: over-use stays below one segment.
+entitled keeps the device for a turn, its share of a window but a quarter of the window at most, before the order is
+looked at again. A turn never goes on beyond its quota: over-use stays below one segment.
 
 **Overload.** Buckets fill by the row's own clock. It follows the host's monotonic clock while the row keeps up. When
 every instance that waits or runs lags a whole window behind (the host itself is short of time), the row clock slows
@@ -217,7 +217,8 @@ def start(account: Account, clock: RowClock, key: int, *, borrowed: bool) -> Non
     if borrowed:
         clock.turn = NOBODY
     elif clock.turn != key or clock.turn_left_ns <= 0:
-        clock.turn, clock.turn_left_ns = key, account.window_ns // TURN_PART
+        own_ns = account.window_ns * account.request_permille // PERMILLE
+        clock.turn, clock.turn_left_ns = key, min(account.window_ns // TURN_PART, own_ns)
 
 
 def credit_ns(account: Account, clock: RowClock, now_ns: int, *, borrowed: bool) -> int:

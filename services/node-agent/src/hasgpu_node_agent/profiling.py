@@ -44,7 +44,7 @@ DRAINED_FACTOR = 4
 """So many times the repetitions that empty the bucket are made, so that the median is one of those after it."""
 FULL_QUOTA_SHARE = 0.7
 """Part of the budget that the whole-quota points may take together."""
-IN_ORDER_SHARE = 1 / 8
+IN_ORDER_SHARE = 1 / 16
 """Part of the budget that one point may take when the order names what comes first."""
 LOAD_TIMEOUT_S = 300.0
 STATUS_PERIOD_S = 0.05
@@ -377,8 +377,10 @@ class Profiler:
         if status is not None and status.address:
             await self._client.forget(status.address)
         process.remove()
-        self._launcher.forget(key.instance, profiling=True)
         self.processes.pop(key, None)
+        if not any(other.instance == key.instance for other in self.processes):
+            # The next run of the function has its folder there too, and may have begun.
+            self._launcher.forget(key.instance, profiling=True)
 
 
 def _parts(

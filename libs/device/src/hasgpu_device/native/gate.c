@@ -153,7 +153,7 @@ static void start(struct page *page, int key, int borrowed) {
         page->turn = NOBODY;
     } else if (page->turn != key || page->turn_left_ns <= 0) {
         page->turn = key;
-        page->turn_left_ns = slot->window_ns / TURN_PART;
+        page->turn_left_ns = min64(slot->window_ns / TURN_PART, slot->window_ns * slot->request / PERMILLE);
     }
     page->holder = key;
     page->borrows = borrowed;
