@@ -281,20 +281,23 @@ def main() -> int:
     parts = {"replays": replays, "bursty": bursty, "constant": constant, "step": step, "scale": scale, "many": many}
     for part in args.only.split(","):
         parts[part](bench)
-    rows = ratios(bench)
-    print("\n".join(" | ".join(f"{cell:>16}" for cell in row) for row in rows))
-    for path in (args.json, args.html):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"figures": bench.figures, "runs": [run.as_dict() for run in bench.runs]}
-    args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    figures = Table("Other figures", [("figure", "measured"), *((k, f"{v:.4g}") for k, v in _others(bench).items())])
-    intro = [line for line in (__doc__ or "").split("\n\n") if not line.startswith("    ")]
-    args.html.write_text(
-        render("Scaling policies", intro, [Table("Costs and violations", rows), figures, *bench.charts]),
-        encoding="utf-8",
-    )
+        _write(bench, args.json, args.html)
+    print("\n".join(" | ".join(f"{cell:>16}" for cell in row) for row in ratios(bench)))
     print(f"wrote {args.json} and {args.html}")
     return 0
+
+
+def _write(bench: Bench, json_path: pathlib.Path, html_path: pathlib.Path) -> None:
+    """Writes what has been found so far."""
+    rows = ratios(bench)
+    for path in (json_path, html_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"figures": bench.figures, "runs": [run.as_dict() for run in bench.runs]}
+    json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    figures = Table("Other figures", [("figure", "measured"), *((k, f"{v:.4g}") for k, v in _others(bench).items())])
+    intro = [text for text in (__doc__ or "").split("\n\n") if not text.startswith("    ")]
+    parts: list[Chart | Table] = [Table("Costs and violations", rows), figures, *bench.charts]
+    html_path.write_text(render("Scaling policies", intro, parts), encoding="utf-8")
 
 
 def _others(bench: Bench) -> Mapping[str, float]:

@@ -93,7 +93,7 @@ def held_out(data: Data, seed: int) -> tuple[dict[str, Any], Callable[[Path], No
         for column in np.array([by_count[count] for count in PROBE_COUNTS]).T:
             axes.plot(place, column, color="0.8", linewidth=0.8)
         axes.plot(place, [statistics.fmean(by_count[count]) for count in PROBE_COUNTS], "o-", color="C0")
-        axes.set(xticks=place, xticklabels=PROBE_COUNTS, xlabel="probes", ylabel="mean error / %", yscale="log")
+        axes.set(xticks=place, xticklabels=PROBE_COUNTS, xlabel="probes", ylabel="mean error / %", ylim=(0, None))
         axes.set_title("each line a model; thick: their mean", fontsize=9)
         _save(figure, out / "rapp-probes.svg")
 
@@ -133,6 +133,7 @@ def plan_errors(data: Data, seed: int) -> tuple[dict[str, Any], Callable[[Path],
             axes.plot(BUDGETS_S, [by_budget[b] for b in BUDGETS_S], "o-", label=order)
         axes.set(xscale="log", yscale="log", xlabel="seconds of measuring", ylabel="mean error / %")
         axes.set_xticks(BUDGETS_S, [f"{b:g}" for b in BUDGETS_S])
+        axes.set_yticks([4, 5, 6, 8, 10, 15, 20, 30], ["4", "5", "6", "8", "10", "15", "20", "30"])
         axes.minorticks_off()
         axes.legend(frameon=False)
         _save(figure, out / "rapp-plan.svg")

@@ -306,14 +306,16 @@ async def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             broker.stop()
             await server.stop(0)
     return {
-        "data": str(arguments.profiles) if (arguments.profiles / "latency.csv.gz").exists() else "a formula",
+        "data": f"profiles/{arguments.profiles.name}"
+        if (arguments.profiles / "latency.csv.gz").exists()
+        else "formula",
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "surface_configurations": SURFACE_COUNT,
         "calls_count": CALLS,
         "calls": calls,
         "static_table_after_s": round(static_s, 3),
         "profiled_table_after_s": round(profiled_s, 3),
-        "probes_in_8_s": len(agent.measured),
+        "probes_in_budget": len(agent.measured),
         "error_pct": {
             "static": round(error_pct(static, latencies_s, 1.0), 2),
             "profiled": round(error_pct(start, latencies_s, 1.0), 2),

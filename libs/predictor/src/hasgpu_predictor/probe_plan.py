@@ -39,7 +39,7 @@ DRAINED_FACTOR = 4.0
 """The node agent's: so many times the repetitions that empty the bucket."""
 OVERHEAD_S = 0.02
 """Of each point: the share takes effect, the request goes to the worker and back."""
-POINT_BUDGET_SHARE = 1 / 8
+POINT_BUDGET_SHARE = 1 / 16
 """A point is not repeated for longer than this part of the budget, but at least ..."""
 REPETITIONS_MIN = 3
 

@@ -24,6 +24,8 @@ class History:
     """(time, total so far), oldest first, of the last seconds."""
     peaks: tuple[tuple[float, float], ...] = ()
     """(time, rate in rps): those rates that no later one exceeded, oldest (and largest) first."""
+    bursts: tuple[tuple[float, float], ...] = ()
+    """The same of rates over a short window, for longer."""
     bin_start_s: float = 0.0
     bin_total: int = 0
     bin_s: float = 0.25
@@ -56,6 +58,10 @@ class History:
         """Returns the largest rate of the lookback."""
         return self.peaks[0][1] if self.peaks else 0.0
 
+    def burst_rps(self, settings: HybridSettings) -> float:
+        """Returns the largest rate of short windows where arrivals come in bursts; 0 where they don't."""
+        return self.bursts[0][1] if self.bursts and self.dispersion > settings.bursty_above else 0.0
+
 
 def observe(history: History, total: int | None, now_s: float, settings: HybridSettings) -> History:
     """Returns the history with the newest total in it; unchanged without data."""
@@ -78,14 +84,24 @@ def observe(history: History, total: int | None, now_s: float, settings: HybridS
     # The window is that long even while less of it was seen: a rate of few moments is no peak.
     span_s = max(seconds, settings.rate_window_s)
     rate = (items + settings.quantile_sigmas * math.sqrt(items) * _spread_factor(history)) / span_s
-    peaks = history.peaks
+    short_items, short_s = history.count(now_s, settings.burst_window_s)
+    short_rate = short_items / max(short_s, settings.burst_window_s)
+    peaks = _peaks(history.peaks, rate, now_s, settings.lookback_s)
+    bursts = _peaks(history.bursts, short_rate, now_s, settings.burst_lookback_s)
+    return _binned(replace(history, peaks=peaks, bursts=bursts), total, now_s)
+
+
+def _peaks(
+    peaks: tuple[tuple[float, float], ...], rate: float, now_s: float, lookback_s: float
+) -> tuple[tuple[float, float], ...]:
+    """Adds a rate and drops those that it exceeds, and those that are too old."""
     keep = len(peaks)
     while keep and peaks[keep - 1][1] <= rate:
         keep -= 1
     first = 0
-    while first < keep and peaks[first][0] < now_s - settings.lookback_s:
+    while first < keep and peaks[first][0] < now_s - lookback_s:
         first += 1
-    return _binned(replace(history, peaks=(*peaks[first:keep], (now_s, rate))), total, now_s)
+    return (*peaks[first:keep], (now_s, rate))
 
 
 def _spread_factor(history: History) -> float:

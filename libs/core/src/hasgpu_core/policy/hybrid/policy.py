@@ -193,10 +193,11 @@ class HybridPolicy:
         """Chooses the plan, and makes the set of shares what it says."""
         settings, memory = self._settings, look.memory
         ladder = planner.ladder(sm_pct, regular=look.regular)
-        seen = memory.history.peak_rps()
+        seen = max(memory.history.peak_rps(), memory.history.burst_rps(settings))
         burst = _burst_rps(memory.history, look.capacity_rps, look.regular, settings, now_s)
         look.rate_rps = rate = max(seen, burst)
-        wanted = ladder.cheapest(max(settings.headroom * rate, settings.least_rps))
+        least = settings.least_rps if settings.lend else settings.least_reserved_rps
+        wanted = ladder.cheapest(max(settings.headroom * rate, least))
         assert wanted is not None
         plan = memory.plan
         if plan is None or plan.sm_pct != sm_pct:

@@ -24,7 +24,9 @@ class IndexedRoom:
         self._memory_bytes: dict[_Key, int] = {}
         self._rows: dict[_RowKey, int] = {}
         self._by_free: dict[tuple[str, int], dict[_Key, None]] = {}
-        self._by_sm: dict[tuple[str, int], dict[_RowKey, None]] = {}
+        self._kind: dict[_RowKey, tuple[str, int]] = {}
+        self._by_kind: dict[tuple[str, int], dict[int, dict[_RowKey, None]]] = {}
+        """Rows by (device model, SM share) and what they have free."""
         self._rungs: dict[str, frozenset[int]] = {}
         self._free_sm: dict[str, int] = {}
         self._devices_count: dict[str, int] = {}
@@ -35,8 +37,8 @@ class IndexedRoom:
             used = [row for row in device.rows if row.used_permille > 0]
             free = WHOLE_PCT - sum(row.sm_pct for row in used)
             for row in used:
-                self._rows[(*key, row.index)] = row.free_permille
-                self._by_sm.setdefault((info.model, row.sm_pct), {})[(*key, row.index)] = None
+                self._kind[(*key, row.index)] = (info.model, row.sm_pct)
+                self._put((*key, row.index), row.free_permille)
             self._memory_bytes[key] = device.free_memory_bytes
             self._rungs[info.model] = self._rungs.get(info.model, frozenset()) | frozenset(info.sm_rungs_pct)
             self._by_free.setdefault((info.model, free), {})[key] = None
@@ -55,7 +57,7 @@ class IndexedRoom:
 
     def take(self, node: str, gpu: str, row: int, permille: int) -> None:
         """Takes request from a row for an instance that is there already."""
-        self._rows[node, gpu, row] = self.free_permille(node, gpu, row) - permille
+        self._put((node, gpu, row), self.free_permille(node, gpu, row) - permille)
 
     def new_row(self, allocation: Allocation, model: str) -> bool:
         """Takes SMs in no row, on the device with the least that are enough; tells whether it could."""
@@ -71,23 +73,33 @@ class IndexedRoom:
                 self._memory_bytes[key] -= allocation.memory_bytes
                 self._opened += 1
                 row = (*key, -self._opened)
-                self._rows[row] = WHOLE_PERMILLE - allocation.request_permille
-                if self._rows[row]:
-                    self._by_sm.setdefault((model, allocation.sm_pct), {})[row] = None
+                self._kind[row] = (model, allocation.sm_pct)
+                self._put(row, WHOLE_PERMILLE - allocation.request_permille)
                 return True
         return False
 
     def share_row(self, allocation: Allocation, model: str) -> bool:
         """Takes request of a row of the same SM share, the fullest that has enough; tells whether it could."""
-        rows = self._by_sm.get((model, allocation.sm_pct), {})
-        fitting = [
-            (self._rows[row], row)
-            for row in rows
-            if self._rows[row] >= allocation.request_permille and self._memory_bytes[row[:2]] >= allocation.memory_bytes
-        ]
-        if not fitting:
-            return False
-        free, row = min(fitting)
-        self._rows[row] = free - allocation.request_permille
-        self._memory_bytes[row[:2]] -= allocation.memory_bytes
-        return True
+        by_free = self._by_kind.get((model, allocation.sm_pct), {})
+        for free in sorted(free for free in by_free if free >= allocation.request_permille):
+            for row in by_free[free]:
+                if self._memory_bytes[row[:2]] < allocation.memory_bytes:
+                    continue
+                self._put(row, free - allocation.request_permille)
+                self._memory_bytes[row[:2]] -= allocation.memory_bytes
+                return True
+        return False
+
+    def _put(self, row: _RowKey, free_permille: int) -> None:
+        """Notes what a row has free."""
+        before = self._rows.get(row)
+        self._rows[row] = free_permille
+        kind = self._kind.get(row)
+        if kind is None:
+            return
+        by_free = self._by_kind.setdefault(kind, {})
+        if before is not None and before in by_free:
+            by_free[before].pop(row, None)
+            if not by_free[before]:
+                del by_free[before]
+        by_free.setdefault(free_permille, {})[row] = None

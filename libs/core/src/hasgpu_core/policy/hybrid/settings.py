@@ -30,6 +30,12 @@ class HybridSettings:
     lookback_s: float = 60.0
     """The plan covers the largest rate of this long: what came once comes again (the HAS-GPU and Azure loads return to
     their peaks within it), and parked shares cost next to nothing while a cold start costs seconds."""
+    bursty_above: float = 1.4
+    """Arrivals whose counts vary by more than this part of their mean come in bursts. Then the plan also covers ..."""
+    burst_window_s: float = 0.3
+    """... the largest rate over so long ..."""
+    burst_lookback_s: float = 1800.0
+    """... of this long."""
     rate_window_s: float = 5.0
     """Over which that rate is taken."""
     burst_windows_s: tuple[float, ...] = (0.3, 0.6, 1.2, 2.4, 5.0)
@@ -40,8 +46,10 @@ class HybridSettings:
     """The rate planned for is the observed one plus so many standard deviations of its estimate."""
     headroom: float = 1.05
     """A new plan is made for so many times that."""
-    least_rps: float = 1.0
-    """And at least for this."""
+    least_rps: float = 10.0
+    """And at least for this where time is lent: room for a burst then costs next to nothing ..."""
+    least_reserved_rps: float = 1.0
+    """... and for this where it is not."""
     gain: float = 0.12
     """A cheaper plan is taken up only when it saves at least this part."""
     settle_s: float = 20.0
@@ -52,7 +60,7 @@ class HybridSettings:
     """... up to so many times settle_s ..."""
     forgive_s: float = 900.0
     """... and half as long again after a time without change."""
-    most_instances: int = 8
+    most_instances: int = 12
     """Of one function in a plan, if its own maximum is not less."""
     spare: float = 2.5
     """Parked instances are kept for so many times the rate planned for (where time is lent, they borrow instead)."""

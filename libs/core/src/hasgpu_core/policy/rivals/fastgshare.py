@@ -11,8 +11,9 @@ The paper takes its throughputs from measured, saturated pods. Tuned: `fill`, th
 planned with. On the replay of mean 10.8 rps (five models, SLO 2x, 3x, 5x, Poisson; GPU-milliseconds per request in
 time, geometric mean, and late or dropped requests, mean): with nothing lent 0.3: 7.4 and 5.9 %; 0.5: 5.5 and 14 %;
 0.7: 5.0 and 23 %; 1.0: 4.7 and 35 %; with idle time lent 0.3: 7.8 and 1.7 %; 0.5: 5.7 and 3.7 %; 0.7: 5.0 and 6.4 %;
-1.0: 4.2 and 9.3 %. By cost per request in time 1.0, the published one, is best; who wants fewer late requests sets less.
-Batches are formed by the same gateway for every policy here; configurations are those of batch 1, as in the release.
+1.0: 4.2 and 9.3 %. By cost per request in time 1.0, the published one, is best; who wants fewer late requests sets
+less. Batches are formed by the same gateway for every policy here; configurations are those of batch 1, as in the
+release.
 """
 
 from __future__ import annotations

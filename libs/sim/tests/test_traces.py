@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from random import Random
+
+import pytest
+from hasgpu_core.errors import InvalidError, NotFoundError
+from hasgpu_sim.arrivals import Process
+from hasgpu_sim.surface import filled_surface, load_v100
+from hasgpu_sim.traces import load_trace, times_of_counts
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "trace.csv"
+    path.write_text(text)
+    return path
+
+
+def test_every_shape_is_told_by_its_columns(tmp_path: Path) -> None:
+    times = load_trace(written(tmp_path, "t_s,tokens\n5.0,1\n6.5,2\n"), rate_scale=2.0)
+    assert list(times.arrivals_s["f"]) == [0.0, 0.75]
+    stages = load_trace(written(tmp_path, "set,source_index,rps\na,1,2\nb,1,4\n"), part="b")
+    assert (stages.requests_count, stages.duration_s) == (20, 5.0)
+    counts = load_trace(written(tmp_path, "count\n1\n0\n2\n"))
+    assert list(counts.arrivals_s["f"]) == [0.0, 2.0, 2.5]
+    azure = load_trace(written(tmp_path, "app,fn,trigger,c480,c481\nx,g,http,1,2\n"))
+    assert list(azure.arrivals_s["g"]) == [0.0, 60.0, 90.0]
+    public = load_trace(written(tmp_path, "HashOwner,HashApp,HashFunction,Trigger,1,2\no,a,g,timer,0,1\n"))
+    assert (list(public.arrivals_s["g"]), public.duration_s) == ([60.0], 120.0)
+
+
+def test_scaled_counts_lose_no_request() -> None:
+    counts = [3, 1, 0, 7, 2]
+    assert len(times_of_counts(counts, 60.0, Process.EVEN, Random(0), scale=0.5)) == 6
+    poisson = times_of_counts(counts, 60.0, Process.POISSON, Random(0))
+    assert [sum(60 * i <= t < 60 * (i + 1) for t in poisson) for i in range(5)] == counts
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("count\n1\n-2\n", r"line 3, column count.*0 or more.*'-2'"),
+        ("count\n1.5\n", "whole number"),
+        ("fn,c0,c1,c3\na,1,2,3\n", "a column for each minute"),
+        ("fn,c0,c1\na,1,\n", "column c1.*a gap"),
+        ("fn,c0,c1\na,1\n", "line 2.*3 values"),
+        ("x,y\n1,2\n", "columns t_s"),
+        ("t_s,n\n", "at least one request"),
+    ],
+)
+def test_bad_traces_are_named(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InvalidError, match=words):
+        load_trace(written(tmp_path, text))
+
+
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="the file has a"):
+        load_trace(written(tmp_path, "set,rps\na,1\n"), part="c")
+
+
+def test_missing_cells_lie_between_their_neighbours() -> None:
+    cells = {
+        (b, s, q): 0.01 * b * 100 / s * 1000 / q for b in (1, 2, 4) for s in (20, 50, 100) for q in (200, 500, 1000)
+    }
+    truth = cells.pop((2, 50, 500))
+    surface = filled_surface("m", "d", cells)
+    assert surface.filled == {(2, 50, 500)}
+    assert surface.cells_s[2, 50, 500] == pytest.approx(truth, rel=1e-9)  # powers are lines in logarithms
+    assert surface.latency_s(3, 50, 500) == pytest.approx((truth + 2 * truth) / 2)
+    assert surface.latency_s(1, 50, 100) == pytest.approx(2 * surface.latency_s(1, 50, 200))
+
+
+def test_a_profile_says_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "latency.csv.gz"
+    path.write_bytes(gzip.compress(b"model,batch,sm_pct,quota_pct,latency_ms\nm,1,100,100,5\n"))
+    assert load_v100(tmp_path)["m"].reference_s == pytest.approx(0.005)
+    with pytest.raises(NotFoundError, match="the profile has m"):
+        load_v100(tmp_path, ["n"])
+    path.write_bytes(gzip.compress(b"model,batch,sm_pct,quota_pct,latency_ms\nm,1,100,100,-5\n"))
+    with pytest.raises(InvalidError, match=r"line 2.*above 0"):
+        load_v100(tmp_path)
+    path.write_bytes(gzip.compress(b"model,batch\n"))
+    with pytest.raises(InvalidError, match="no sm_pct"):
+        load_v100(tmp_path)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the measured profile and traces are not beside the checkout")
+def test_the_published_data_are_read() -> None:
+    surfaces = load_v100(DATA / "profiles" / "v100")
+    assert len(surfaces) == 57
+    assert all(len(s.cells_s) == len(s.batches) * len(s.sm_pcts) * len(s.quotas_permille) for s in surfaces.values())
+    replay = load_trace(DATA / "traces" / "has_gpu_replay_5s.csv.gz", part="rps")
+    assert (replay.requests_count, replay.duration_s) == (2690, 250.0)
+    azure = load_trace(DATA / "traces" / "azure2019_raw_8h.csv.gz")
+    assert (len(azure.arrivals_s), azure.duration_s) == (313, 28_800.0)
+    assert 80 < azure.requests_count / azure.duration_s < 95
