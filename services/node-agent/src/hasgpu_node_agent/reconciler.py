@@ -547,7 +547,7 @@ class Reconciler:
             reason: In words.
 
         Returns:
-            Those that have to be ended, those that were about to leave anyway included.
+            Those that have to be ended; those that leave already are ended by whoever sent them off.
         """
         found: list[tuple[Instance, Worker]] = []
         for instance in self.instances.values():
