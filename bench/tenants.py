@@ -145,7 +145,9 @@ class TenantLoop:
     def _batch(self) -> None:
         for index in range(BATCH_SEGMENTS):
             self.work(self.segment_ns)
-            if index + 1 < BATCH_SEGMENTS and not self.commands:
+            if self.commands:
+                return
+            if index + 1 < BATCH_SEGMENTS:
                 began_ns = time.perf_counter_ns()
                 waited_ns = self.runner.gate_wait_ns
                 self.runner.boundary()

@@ -248,6 +248,37 @@ def test_a_waiter_that_is_poked_sees_changed_shares_at_once(gate: RowGate, tmp_p
         member.release(0)
 
 
+def test_shares_changed_between_two_batches_are_acknowledged_while_it_waits(gate: RowGate) -> None:
+    with gate.attach(Shares(10, 10, window_ns=10_000 * MS)) as member:
+        member.acquire()
+        member.release(10_000 * MS)
+        later = Shares(20, 20, window_ns=10_000 * MS)
+        member.refresh = lambda: later
+        changes = []
+        member.on_change = lambda: changes.append(member.shares)
+        with pytest.raises(GateTimeoutError):
+            member.acquire(deadline_ns=time.monotonic_ns())
+        assert changes == [later]
+
+
+def test_shares_changed_just_before_the_wait_are_seen(gate: RowGate) -> None:
+    minute = 10_000 * MS
+    with gate.attach(Shares(10, 10, window_ns=minute)) as member:
+        member.acquire()
+        member.release(10_000 * MS)
+        later = Shares(10, 1000, window_ns=minute)
+        asked = []
+
+        def refresh() -> Shares:
+            # The first question is asked before the gate knows that this one waits; nobody wakes it afterwards.
+            asked.append(1)
+            return member.shares if len(asked) == 1 else later
+
+        member.refresh = refresh
+        assert member.acquire(deadline_ns=time.monotonic_ns() + 5_000 * MS).borrowed
+        member.release(0)
+
+
 def test_alone_with_the_whole_device_nothing_waits(gate: RowGate) -> None:
     with gate.attach(Shares(1000, 1000)) as member:
         member.acquire(deadline_ns=time.monotonic_ns() + 20_000 * MS)

@@ -218,10 +218,14 @@ class GateMember:
         """
         self._background = background
         began_ns = time.monotonic_ns()
-        found = self._step(Operation.ACQUIRE, began_ns, changed=self._changed(), background=background)
+        changed = self._changed()
+        found = self._step(Operation.ACQUIRE, began_ns, changed=changed, background=background)
         if found.granted:
             return self._hold(found, 0)
-        return self._wait(found.expected, found.sleep_ns, began_ns, deadline_ns, cancelled)
+        expected, sleep_ns = found.expected, found.sleep_ns
+        if changed is not None and self.on_change is not None:
+            self.on_change()
+        return self._wait(expected, sleep_ns, began_ns, deadline_ns, cancelled)
 
     def _wait(
         self,
@@ -238,13 +242,16 @@ class GateMember:
             if deadline_ns is not None:
                 sleep_ns = min(sleep_ns, deadline_ns - time.monotonic_ns())
             self._give_up_if(deadline_ns, cancelled)
-            found = self._core.sleep(expected, sleep_ns)
+            # Shares that changed before this one was known to wait: whoever changed them woke nobody.
             changed = self._changed()
-            if found.granted:
-                grant = self._hold(found, time.monotonic_ns() - began_ns)
-                if changed is not None:
-                    self._step(Operation.POLL, changed=changed)
-                return grant
+            if changed is None:
+                found = self._core.sleep(expected, sleep_ns)
+                changed = self._changed()
+                if found.granted:
+                    grant = self._hold(found, time.monotonic_ns() - began_ns)
+                    if changed is not None:
+                        self._step(Operation.POLL, changed=changed)
+                    return grant
             found = self._step(Operation.LOOK, changed=changed)
             if changed is not None and self.on_change is not None:
                 self.on_change()
