@@ -9,19 +9,15 @@ offset 0  header: magic, version, slots; whether somebody waits; holder, slots i
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
-import mmap
-import os
 import struct
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasgpu_device import slot_file
 from hasgpu_device.errors import GateError
 from hasgpu_device.quota import NOBODY, PERMILLE, Account, RowClock
+from hasgpu_device.slot_file import SlotFile
 
 MAGIC = b"HASGPURG"
 VERSION = 2
@@ -29,20 +25,16 @@ SLOTS = 64
 SLOT_BYTES = 128
 SIZE_BYTES = SLOT_BYTES * (SLOTS + 1)
 
-_HEADER = struct.Struct("<8sII")
+_KIND = slot_file.Kind("gate", MAGIC, VERSION, SLOTS, SIZE_BYTES, GateError)
 _WANTED_OFFSET = 16  # a word: somebody waits
 _ROW = struct.Struct("<iIiiqqqq")  # holder, slots in use, holder borrows, row clock (five)
 _ROW_OFFSET = 24
 _HOLDER = struct.Struct("<i")
 _SLOT = struct.Struct("<IqqIIqqqqqqqq")
 _SLOT_OFFSET = 4  # behind the futex word
-_FLOCK = struct.Struct("hhqqi4x")
-_LOCK_OFFSET = 1 << 20
 _FLAGS = struct.Struct("<I")
 _ATTACHED, _WAITING, _HOLDING, _BACKGROUND, _LINGERING, _GRANTED = 1, 2, 4, 8, 16, 32
 _NOTHING_WANTED = bytes(4)
-
-_open_descriptors: weakref.WeakSet[GateFile] = weakref.WeakSet()
 
 
 @dataclass(slots=True)
@@ -61,70 +53,17 @@ class Row:
     """Slot that was handed the device and has not taken it up yet."""
 
 
-class GateFile:
-    """The mapped file, its critical section and its slot locks."""
+class GateFile(SlotFile):
+    """The mapped file. Raises GateError when it is missing, is something else, or of another version."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise GateError(str(path), error.strerror or str(error)) from error
-        try:
-            size_bytes = os.fstat(self.descriptor).st_size
-            if size_bytes != SIZE_BYTES:
-                raise GateError(str(path), f"not a gate: {size_bytes} bytes")
-            # mmap keeps a duplicate of its descriptor; of another open file, for it must not hold the locks.
-            other = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                self.memory = mmap.mmap(other, SIZE_BYTES)
-            finally:
-                os.close(other)
-            magic, version, slots = _HEADER.unpack_from(self.memory)
-            if magic != MAGIC or slots != SLOTS:
-                raise GateError(str(path), f"not a gate: begins with {magic!r}")
-            if version != VERSION:
-                raise GateError(str(path), f"version {version}, this program knows {VERSION}")
-        except GateError:
-            os.close(self.descriptor)
-            raise
+        super().__init__(path, _KIND)
         self.words = [ctypes.c_uint32.from_buffer(self.memory, SLOT_BYTES * (slot + 1)) for slot in range(SLOTS)]
-        _open_descriptors.add(self)
 
     def close(self) -> None:
         """Lets go of the file, and with it of the lock on a slot."""
-        _open_descriptors.discard(self)
-        if self.descriptor >= 0:
-            self.words.clear()
-            os.close(self.descriptor)
-            self.descriptor = -1
-            # A traceback may still hold a word; the mapping then goes with it.
-            with contextlib.suppress(BufferError):
-                self.memory.close()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """The critical section."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
-    def take_slot(self, slot: int) -> bool:
-        """Takes the lock that tells that the slot's owner lives; False when somebody has it."""
-        try:
-            request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_OFFSET + slot, 1, 0)
-            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, request)
-        except BlockingIOError:
-            return False
-        return True
-
-    def slot_lives(self, slot: int) -> bool:
-        """Tells whether another open file holds the slot's lock."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_OFFSET + slot, 1, 0)
-        kind: int = _FLOCK.unpack(fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, request))[0]
-        return kind != fcntl.F_UNLCK
+        self.words.clear()
+        super().close()
 
     def load(self) -> Row:
         """Takes the content out; only in the critical section."""
@@ -246,22 +185,5 @@ def make(path: Path, now_ns: int) -> None:
         path: Where; its folder must exist.
         now_ns: Monotonic time, at which the row's clock begins.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    content = bytearray(SIZE_BYTES)
-    _HEADER.pack_into(content, 0, MAGIC, VERSION, SLOTS)
-    _ROW.pack_into(content, _ROW_OFFSET, NOBODY, 0, 0, NOBODY, 0, now_ns, 0, 0)
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        raise GateError(str(path), error.strerror or str(error)) from error
-
-
-def _forget_in_child() -> None:
-    # A forked child shares the open file and with it the locks: it would keep a dead parent's slot alive.
-    for file in list(_open_descriptors):
-        os.close(file.descriptor)
-        file.descriptor = -1
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+    row = _ROW.pack(NOBODY, 0, 0, NOBODY, 0, now_ns, 0, 0)
+    _KIND.create(path, bytes(_ROW_OFFSET - slot_file.HEADER.size) + row)
