@@ -30,9 +30,9 @@ SLO_STEP_MS = 50
 SMALLEST_SLO_MS = 400
 """On two busy cores a process may wait for some tens of milliseconds for a core, whatever its share of the device, and
 the load trebles from one stage to the next, which the scaler answers in a second or two."""
-FULL_ROW = 1.15
-"""The peak should need this much of the time of some row in which several first instances sit: what is observed
-corrects the prediction meanwhile, and may leave a tenth or two of what was predicted, ..."""
+FULL_ROW = 0.95
+"""The peak should need this much of the time of some row in which several first instances sit (with the steps of the
+quotas, and the capacity that the scaler keeps free, that is more than all of it), ..."""
 FULL_ROW_ALONE = 1.4
 """... or this much of a row with one, whose prediction may turn out too low by as much: quotas alone must not do."""
 MOST_PEAK_RPS = 45.0
