@@ -100,6 +100,7 @@ async def served(config: WorkerConfig) -> AsyncIterator[Served]:
     async with asyncio.timeout(60):
         await worker.task
     # A batch that hangs in its own code goes on in this process, and writes its counters at its end.
+    worker.server.engine.stop()
     await asyncio.to_thread(worker.server.engine.thread.join, 60)
     control.close()
 
