@@ -161,9 +161,10 @@ def noise(data: Data) -> dict[str, float]:
     prediction from both sides), over sqrt(3/2), which is what independent noise of a cell makes of it.
     `closest_monotone`: the error of the monotone surface made of the measured latencies themselves.
     `one_curve`: the error of the larger of a cell's device time, read from its own row of quotas, and the one launch
-    curve of its model that errs least, both from the very rows that are judged.
+    curve of its model that errs least, both from the very rows that are judged. `probed_curve`: the same with the curve
+    as it is where new models are probed (batch 4, from 80 % of the SMs, median), all quotas, wherever it shows there.
     """
-    near, closest, curve = [], [], []
+    near, closest, curve, probed = [], [], [], []
     for table in data.latencies.values():
         axes = [np.unique(column) for column in table.configurations.T]
         logs = np.full([len(axis) for axis in axes], np.nan)
@@ -175,17 +176,29 @@ def noise(data: Data) -> dict[str, float]:
         closest.append(np.abs(np.expm1(monotone(filled) - logs)[np.isfinite(logs)]))
         ordered = np.sort(np.where(np.isfinite(logs), logs, np.inf), axis=2)[..., :3]
         low = np.where(np.isfinite(ordered[..., 1]), ordered[..., 1], np.minimum(ordered[..., 0], 20.0))
+        place = axes[0][:, None] == 4, axes[1][None, :] >= 80
+        place_low = nanmedian(low[place[0] & place[1]])
         for k in range(logs.shape[2]):
             known = np.isfinite(logs[..., k])
             column, floor = logs[..., k][known], low[known]
             levels = np.quantile(column, np.linspace(0, 1, 41)) if len(column) else []
             tried = [np.abs(np.expm1(np.maximum(floor, level) - column)) for level in levels]
             curve += [min(tried, key=lambda e: float(e.mean()))] if tried else []
+            there = nanmedian(logs[..., k][place[0] & place[1]])
+            launched = there > place_low + 0.1
+            probed += [np.abs(np.expm1(np.maximum(floor, there) - column))] if launched else curve[-1:]
     return {
         "neighbours_pct": 100 * float(np.concatenate(near).mean()) / 1.5**0.5,
         "closest_monotone_pct": 100 * float(np.concatenate(closest).mean()),
         "one_curve_pct": 100 * float(np.concatenate(curve).mean()),
+        "probed_curve_pct": 100 * float(np.concatenate(probed).mean()),
     }
+
+
+def nanmedian(values: Array) -> float:
+    """Median of what is finite; NaN of nothing."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")
 
 
 def _filled(logs: Array) -> Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,23 @@ def test_physical_finds_the_formula() -> None:
     assert physical.overhead_s == pytest.approx(0.001, rel=0.1)
     assert float(physical.latency_s(4, 50, 100)) == pytest.approx(device_time_s(4, 50) * 10, rel=0.03)
     assert float(physical.latency_s(4, 50, 1000)) == pytest.approx(device_time_s(4, 50) + 0.001, rel=0.03)
+
+
+def test_work_of_others_on_the_host_is_not_taken_for_the_functions_own() -> None:
+    """Most whole-quota points of a busy host are late by far more than the function's own host work."""
+    points = [
+        replace(p, latency_s=p.latency_s + (0.4 if index // 3 % 3 else 0.0))
+        for index, p in enumerate(measured().points)
+    ]
+    assert fit_physical(points).overhead_s == pytest.approx(0.001, rel=0.1)
+
+
+def test_a_surface_marks_batches_beyond_those_measured() -> None:
+    surface = static_surface(fit_physical(measured().points), canonical_axes(32))
+    assert not surface.extrapolated(32), "nothing was measured: it is a guess as a whole, and says so"
+    marked = replace(surface, measured_max_batch=8)
+    assert marked.extrapolated([4, 8, 9, 64]).tolist() == [False, False, True, True]
+    assert marked.scaled(2.0).extrapolated(16)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -189,6 +208,18 @@ def test_monotone_holds_on_every_axis_and_is_idempotent(values: list[list[list[f
     assert once.min() >= np.min(values) - 1e-9
     assert once.max() <= np.max(values) + 1e-9
     assert np.allclose(monotone(once), once, atol=1e-9)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_monotone_line_errs_least_in_absolute_terms(line: list[int]) -> None:
+    found = monotone(np.array(line, float).reshape(-1, 1, 1)).ravel()
+    levels = sorted(set(line))
+    best = min(
+        sum(abs(a - b) for a, b in zip(tried, line, strict=True))
+        for tried in combinations_with_replacement(levels, len(line))
+    )
+    assert np.abs(found - line).sum() == pytest.approx(best)
 
 
 @given(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hasgpu_core.errors import IntegrityError, InvalidError
 from hasgpu_predictor import Axes, Operator, Probes, Sample, TransferSettings, Workload, train_transfer
+from hasgpu_predictor.curves import BatchSteps, groups_per_launch
 from hasgpu_predictor.intervals import Intervals
 from hasgpu_predictor.operators import V100, kernel_of, roofline_columns
 from hasgpu_predictor.surface import Surface
@@ -127,6 +128,20 @@ def test_partial_probes_are_taken() -> None:
         assert np.isfinite(surface.latency_s).all()
 
 
+def test_curves_of_grouped_convolutions_step_with_the_batch() -> None:
+    grouped = Workload.of([convolution(128, 28, groups=16), convolution(128, 28), convolution(4096, 7, groups=32)])
+    plain = Workload.of([convolution(128, 28)])
+    assert groups_per_launch(grouped).tolist() == [16 / 3, 48 / 3]
+    groups = np.array([[0.5 * k, 0.5 * k + (k % 3)] for k in range(12)])
+    steps = np.stack([-0.08 * groups[:, 1], -0.05 * groups[:, 0]], axis=1)
+    steps[4] = np.nan
+    fitted = BatchSteps.fit(groups, steps)
+    at = fitted.at(np.array([2.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0, 8.0]))
+    assert at == pytest.approx([-0.24, -0.1, -0.1, 0.0, 0.0], abs=0.01)
+    assert not fitted.at(groups_per_launch(plain), np.array([1.0, 2.0])).any()
+    assert not BatchSteps.fit(np.zeros((3, 2)), np.zeros((3, 2))).weights.any()
+
+
 def test_intervals_hold_their_share_by_regime() -> None:
     rng = np.random.default_rng(0)
     keys = rng.uniform(0, 1, 6_000)
@@ -156,5 +171,5 @@ def test_kept_model_predicts_the_same_and_a_corrupt_one_is_refused(tmp_path: Pat
     with pytest.raises(InvalidError, match="transfer model"):
         load_transfer(tmp_path)
     (tmp_path / "transfer.json").write_text(json.dumps(card | {"format": "other"}))
-    with pytest.raises(InvalidError, match="hasgpu-transfer-model-1"):
+    with pytest.raises(InvalidError, match="hasgpu-transfer-model-2"):
         load_transfer(tmp_path)

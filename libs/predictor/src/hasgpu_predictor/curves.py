@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hasgpu_predictor.operators import Array
+from hasgpu_predictor.operators import Array, Workload
 
 NEIGHBOURS_MIN = 15
 _LENGTH = 0.05
@@ -21,6 +21,50 @@ _LENGTH = 0.05
 _WEIGHT_HOST, _WEIGHT_LAUNCHES = 0.2, 0.05
 """Of squared differences: log of the host-bound time of the graph probes, natural log of the launches."""
 _UNKNOWN = 0.05
+_NARROW = 20
+"""Channels a group up to which a grouped convolution is narrow."""
+_STEP_RIDGE = 0.02
+"""Penalty of the step's weights."""
+
+
+def groups_per_launch(workload: Workload) -> Array:
+    """Groups of narrow and of all grouped convolutions, over the number of kernels, shape (2,)."""
+    grouped = [k for k in workload.kernels if k.kind == "grouped"]
+    narrow = sum(k.groups for k in grouped if k.columns <= _NARROW)
+    return np.array([narrow, sum(k.groups for k in grouped)], float) / max(1, len(workload.kernels))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSteps:
+    """How a launch curve changes with the batch.
+
+    From batch 4 the library runs a grouped convolution with more kernels, in proportion to its groups; below it the
+    curve lies lower, and what narrow groups do at batch 2, wide ones do at batch 1 already. Models without grouped
+    convolutions have one curve.
+    """
+
+    weights: Array
+    """Shape (2, 2): of `groups_per_launch`, at batch 1 and at batch 2; natural logarithm."""
+
+    @classmethod
+    def fit(cls, groups: Array, steps: Array) -> BatchSteps:
+        """Ridge regression.
+
+        Args:
+            groups: Shape (n, 2): `groups_per_launch` of models.
+            steps: Shape (n, 2): natural log of the curve at batch 1 and 2 over the curve from batch 4; NaN: unknown.
+        """
+        weights = np.zeros((2, 2))
+        for k in range(2):
+            known = np.isfinite(steps[:, k]) & (groups[:, 1] > 0)
+            some = groups[known]
+            weights[k] = np.linalg.solve(some.T @ some + _STEP_RIDGE * np.eye(2), some.T @ steps[known, k])
+        return cls(weights)
+
+    def at(self, groups: Array, batch: Array) -> Array:
+        """Returns the step at each batch, shape of `batch`: 0 from batch 4."""
+        one, two = np.minimum(0.0, self.weights @ groups)
+        return np.where(batch < 2, one, np.where(batch < 4, two, 0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ _VARIANCES = (0.0075, 0.04, 0.0025, 0.02)
 """Of the logarithm: alike models (all places, place by place), the model itself (all places, place by place). Found by
 coordinate search, errors cross-validated over models."""
 _NOISE_LOG = 0.02
+_REPEATS = 4
+"""Of the folds that the misfit is computed in: a model's misfit depends on who shares its fold."""
 _SCALES: dict[str, float] = {
     "intensity_log2": 0.69,
     "pointwise_flops_share": 2.0,
@@ -117,21 +119,39 @@ class DeviceTimeModel:
 
 
 def fit_device_times(
-    workloads: Sequence[Workload], places: Places, sheet: DataSheet, *, folds_count: int, rng: np.random.Generator
+    workloads: Sequence[Workload],
+    places: Places,
+    sheet: DataSheet,
+    *,
+    folds_count: int,
+    rng: np.random.Generator,
+    sums: Array | None = None,
 ) -> DeviceTimeModel:
-    """Fits rooflines and process. Few or no places give the plain rooflines (each column at its face value)."""
+    """Fits rooflines and process. Few or no places give the plain rooflines (each column at its face value).
+
+    Args:
+        workloads: Of the training models.
+        places: Theirs.
+        sheet: Of the device.
+        folds_count: Of models, for the misfit that the process learns.
+        rng: Draws the folds.
+        sums: Shape (k, len(COLUMNS)): only these sums of columns are weighted, for when the models are too few to tell
+            all columns apart; None: each column by itself.
+    """
     matrices = np.zeros((len(places.batch), len(COLUMNS)))
     for model in np.unique(places.model):
         at = places.model == model
         matrices[at] = roofline_matrix(workloads[model], sheet, places.batch[at], places.sm_pct[at])
-    theta = _fit_columns(matrices, places)
-    fold_of = rng.permutation(len(workloads)) % folds_count
+    theta = _fit_columns(matrices, places, sums)
     residuals = np.zeros(len(places.batch))
-    for fold in range(folds_count):
-        held = np.isin(places.model, np.flatnonzero(fold_of == fold))
-        if held.any() and (~held).any():
-            kept = Places(*(getattr(places, name)[~held] for name in ("model", "batch", "sm_pct", "log_ms")))
-            residuals[held] = places.log_ms[held] - _log_times(matrices[held], _fit_columns(matrices[~held], kept))
+    for _ in range(_REPEATS):
+        fold_of = rng.permutation(len(workloads)) % folds_count
+        for fold in range(folds_count):
+            held = np.isin(places.model, np.flatnonzero(fold_of == fold))
+            if held.any() and (~held).any():
+                kept = Places(*(getattr(places, name)[~held] for name in ("model", "batch", "sm_pct", "log_ms")))
+                times = _log_times(matrices[held], _fit_columns(matrices[~held], kept, sums))
+                residuals[held] += (places.log_ms[held] - times) / _REPEATS
     chosen: list[int] = []
     for model in np.unique(places.model):
         rows = np.flatnonzero(places.model == model)
@@ -151,11 +171,14 @@ def fit_device_times(
     return DeviceTimeModel(sheet, theta, points, groups, residuals[take], solved, np.asarray(factor, float))
 
 
-def _fit_columns(matrix: Array, places: Places) -> Array:
+def _fit_columns(matrix: Array, places: Places, sums: Array | None = None) -> Array:
     """Weighted non-negative least squares of relative errors, models with many places weigh little more than others."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # has no types
 
-    if len(matrix) < 10:
+    if sums is not None:
+        return np.asarray(_fit_columns(matrix @ sums.T, places) @ sums)
+
+    if len(matrix) < 10 and matrix.shape[1] == len(COLUMNS):
         face = np.zeros(len(COLUMNS))
         names = ("launches", "pointwise_flops", "spatial_flops", "linear_flops", "depthwise_memory", "element_memory",
                  "grouped_memory", "layernorm_memory", "pool_memory", "cat_memory")  # fmt: skip

@@ -43,6 +43,10 @@ class TrainingSettings:
     learning_rate: float = 0.05
     l2_leaf_reg: float = 30.0
     """Shrinks the residual to 0 (the physical estimate) where rows are few; hardly felt with thousands."""
+    loss: str = "RMSE"
+    """As CatBoost names it."""
+    borders_count: int = 254
+    """Candidates for a split, of each feature."""
     threads_count: int = 1
     cross_validate: bool = True
     """For the card's errors, and for the intervals beside predictions."""
@@ -235,7 +239,8 @@ def _fit(by_workload: Mapping[str, Sequence[ProfilePoint]], settings: TrainingSe
         depth=settings.depth,
         learning_rate=settings.learning_rate,
         l2_leaf_reg=settings.l2_leaf_reg,
-        loss_function="RMSE",
+        loss_function=settings.loss,
+        border_count=settings.borders_count,
         boost_from_average=False,  # few rows: shrink to the physical estimate, not to the mean residual
         random_seed=settings.seed,
         thread_count=settings.threads_count,

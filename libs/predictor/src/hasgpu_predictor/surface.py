@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from hasgpu_core.errors import InvalidError
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from hasgpu_predictor.physical import Array
 
@@ -73,31 +74,48 @@ def canonical_axes(max_batch: int, *, batches: Iterable[int] = (), sm_pcts: Iter
 def monotone(values: Array) -> Array:
     """Returns a surface near `values` that never falls with the batch and never rises with SM share or quota.
 
-    Each axis in turn is replaced by its isotonic regression (least squares). Isotonic regression keeps order between
-    lines (if one line is nowhere above another, nor is its regression), so a later axis does not undo an earlier one;
-    what is monotone already stays as it is. Shape (batch, SM, quota).
+    Each axis in turn is replaced by its isotonic regression of least absolute error: errors are told in per cent of
+    single places, and where measured surfaces step, a median misses fewer of them than a mean. Of the best
+    regressions the least one is taken, which keeps order between lines (if one line is nowhere above another, nor is
+    its regression), so that a later axis does not undo an earlier one; what is monotone already stays as it is. Shape
+    (batch, SM, quota).
 
-    Source: pool-adjacent-violators in its max-min form, Robertson, Wright, Dykstra (1988), theorem 1.4.4.
+    Source: Robertson, Wright, Dykstra, Order Restricted Statistical Inference (1988), chapter 1.
     """
-    for axis, sign in ((0, 1.0), (1, -1.0), (2, -1.0)):
-        lines = np.moveaxis(sign * values, axis, -1)
-        values = np.moveaxis(sign * _isotonic(lines), -1, axis)
-    # Equal in exact arithmetic; rounding of the means may leave steps of 1e-16.
-    values = np.maximum.accumulate(values, axis=0)
-    values = np.minimum.accumulate(values, axis=1)
-    return np.asarray(np.minimum.accumulate(values, axis=2))
+    for axis, rises in ((2, False), (1, False), (0, True)):
+        lines = np.moveaxis(values, axis, -1)
+        lines = _isotonic(lines) if rises else _isotonic(lines[..., ::-1])[..., ::-1]
+        values = np.moveaxis(lines, -1, axis)
+    return np.ascontiguousarray(values)
 
 
 def _isotonic(lines: Array) -> Array:
-    """Isotonic regressions (non-decreasing) along the last axis: max over starts of min over ends of the mean."""
-    count = lines.shape[-1]
-    sums = np.concatenate([np.zeros((*lines.shape[:-1], 1)), np.cumsum(lines, axis=-1)], axis=-1)
-    starts, ends = np.arange(count)[:, None], np.arange(count)[None, :]
-    lengths = np.where(ends >= starts, ends - starts + 1, 1)
-    means = np.where(ends >= starts, (sums[..., None, 1:] - sums[..., :-1, None]) / lengths, np.inf)
-    least = np.flip(np.minimum.accumulate(np.flip(means, -1), axis=-1), -1)
-    least = np.where(ends >= starts, least, -np.inf)
-    return np.asarray(np.maximum.accumulate(least, axis=-2)[..., np.arange(count), np.arange(count)])
+    """Isotonic regressions (non-decreasing, least absolute error) along the last axis."""
+    flat = lines.reshape(-1, lines.shape[-1]).copy()
+    falling = np.flatnonzero((np.diff(flat, axis=1) < 0).any(axis=1))
+    if len(falling):
+        flat[falling] = [_isotonic_line(line) for line in flat[falling].tolist()]
+    return flat.reshape(lines.shape)
+
+
+def _isotonic_line(line: list[float]) -> list[float]:
+    """The least of the best regressions of one line.
+
+    The smallest sum of errors up to a place, as a function of the value there, is convex and falls up to its least
+    minimiser; the heap (largest first) holds where its slope changes below that.
+    """
+    heap: list[float] = []
+    best = []
+    for value in line:
+        if heap and -heap[0] > value:
+            heapq.heappush(heap, -value)
+            heapq.heapreplace(heap, -value)
+        else:
+            heapq.heappush(heap, -value)
+        best.append(-heap[0])
+    for place in range(len(best) - 2, -1, -1):
+        best[place] = min(best[place], best[place + 1])
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,12 @@ class Surface:
     """5 % of measured latencies are expected below; as `latency_s`; None: unknown."""
     high_s: Array | None = None
     """5 % are expected above."""
+    measured_max_batch: int = 0
+    """The largest batch that was measured of the function; larger ones are extrapolated. 0: none was."""
+
+    def extrapolated(self, batch: ArrayLike) -> NDArray[np.bool_]:
+        """Marks batches larger than any that was measured, of the same shape; none where nothing was (see `basis`)."""
+        return np.asarray((np.asarray(batch, float) > self.measured_max_batch) & (self.measured_max_batch > 0))
 
     def scaled(self, factor: float) -> Surface:
         """Returns the surface with every latency times `factor`."""

@@ -20,7 +20,7 @@ import numpy as np
 from hasgpu_core.errors import InvalidError, ModelError
 from numpy.typing import NDArray
 
-from hasgpu_predictor.curves import CurveBank
+from hasgpu_predictor.curves import BatchSteps, CurveBank, groups_per_launch
 from hasgpu_predictor.device_times import DeviceTimeModel, Observation, Places, fit_device_times
 from hasgpu_predictor.intervals import Intervals
 from hasgpu_predictor.operators import V100, Array, DataSheet, Workload
@@ -52,9 +52,14 @@ TRANSFER_FEATURES: tuple[str, ...] = (
 )
 """Of a configuration of a model. `curve`: the launch curve at the quota; fast and slow: at the largest quota and at
 20 %; `spread`: the process's standard deviation; `host`: the graph probes at large SM shares; NaN: not measured."""
+_STATIC_FEATURES = ("octaves_of_batch_from_probe_if_grouped", "group_width_log2", "groups_mean")
+"""Used without probes only: with them the curve's step says it, and the few grouped models would be learnt by heart."""
 MODELS_MIN = 4
-_ANCHOR_SM_OFFSETS = (0.0, 15.0, 30.0)
-"""A training model is also probed at SM shares that much smaller."""
+_ANCHOR_SM_OFFSETS = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0)
+"""A training model is probed at SM shares that much smaller, each row from one of them: probes are noisy, and it is not
+the noise of one that is to be learnt."""
+_STEP_QUOTA_MAX = 60.0
+"""Up to which a launch curve stands above device time in most models."""
 _MARGIN = 0.06
 """A probe that is no slower than the device time by so much (log) was decided by the device."""
 
@@ -95,7 +100,8 @@ class TransferSettings:
     """How it is trained."""
 
     seed: int = 0
-    trees_count: int = 150
+    trees_count: int = 200
+    static_trees_count: int = 150
     depth: int = 6
     learning_rate: float = 0.08
     l2_leaf_reg: float = 10.0
@@ -144,6 +150,8 @@ class TransferView:
             launched = np.where(quotas == quotas[np.isfinite(self.probed)].min(), self.probed, np.nan)
         self.curve = bank.curve(launched, self.host, launches)
         self._launches = launches
+        self._groups = groups_per_launch(workload)
+        self._step = float(parts.steps.at(self._groups, np.array([probes.batch]))[0])
         self._cache: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Array, Array]] = {}
 
     def device_log_ms(self, batch: Array, sm_pct: Array) -> tuple[Array, Array]:
@@ -166,13 +174,14 @@ class TransferView:
         quotas, w = self._parts.bank.quotas_pct, self.workload
         logs = np.log(quotas)
         asked = np.log(quota_pct)
-        curve = np.interp(asked, logs, self.curve) + np.maximum(0.0, logs[0] - asked)
-        fast = self.curve[-1]
-        slow = float(np.interp(np.log(20.0), logs, self.curve))
+        step = self._parts.steps.at(self._groups, batch) - self._step
+        probed = np.interp(asked, logs, self.curve) + np.maximum(0.0, logs[0] - asked)
+        curve = probed + step
+        fast = self.curve[-1] + step
+        slow = float(np.interp(np.log(20.0), logs, self.curve)) + step
         known = np.isfinite(self.probed)
-        straight = np.interp(asked, logs[known], self.probed[known]) if known.any() else curve
+        straight = np.interp(asked, logs[known], self.probed[known]) if known.any() else probed
         fastest = self.probed[known][-1] if known.any() else np.nan
-        octaves = np.log2(batch / self.probes.batch)
         graph_5 = np.log(self.probes.graph_ms[5.0]) - self.host if 5.0 in self.probes.graph_ms else np.nan
         columns = (
             asked,
@@ -182,13 +191,13 @@ class TransferView:
             device - fast,
             device - slow,
             spread,
-            curve - straight,
+            probed - straight,
             slow - fast,
             self.host - fastest,
             graph_5,
             fastest - self._launches,
             self.probe_log_ms - fastest,
-            octaves * (w.value("grouped_launch_share") > 0),
+            np.log2(batch / self.probes.batch) * (w.value("grouped_launch_share") > 0),
             w.value("depthwise_launch_share"),
             w.value("group_width_log2"),
             w.value("groups_mean"),
@@ -207,6 +216,7 @@ class TransferParts:
 
     device: DeviceTimeModel
     bank: CurveBank
+    steps: BatchSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +284,8 @@ class TransferModel:
     def digest(self) -> str:
         """SHA-256 of everything that predictions depend on."""
         hashed = hashlib.sha256()
-        for array in (self.parts.device.theta, self.parts.device.residuals, self.parts.bank.cells):
+        parts = self.parts
+        for array in (parts.device.theta, parts.device.residuals, parts.bank.cells, parts.steps.weights):
             hashed.update(np.ascontiguousarray(array).tobytes())
         for regressor in (self.probed, self.static):
             # the file carries a time stamp; what it predicts does not
@@ -311,6 +322,22 @@ def _observations(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one training model with one set of probes."""
+
+    model: int
+    static: bool
+    """Without any probe."""
+    learnt: bool
+    judged: bool
+    """All rows of the model, with the probes that a new one gets."""
+    features: Array
+    estimate: Array
+    """Natural log of ms, as `measured`."""
+    measured: Array
+
+
 def train_transfer(
     samples: Sequence[Sample],
     settings: TransferSettings,
@@ -326,48 +353,54 @@ def train_transfer(
     workloads = [sample.workload for sample in samples]
     grid = _grid(samples)
     places = _device_bound(grid)
-    bank = _bank(samples, grid, places)
+    cells = _launched(grid, places)
+    bank, steps = _bank(samples, grid, cells), _steps(grid, cells)
+    groups = np.array([groups_per_launch(workload) for workload in workloads])
     fold_of = rng.permutation(len(samples)) % settings.folds_count
-    table: list[tuple[Array, Array, Array, int, bool, bool]] = []
+    table: list[_Rows] = []
     for fold in range(settings.folds_count):
         progress(f"features: fold {fold + 1} of {settings.folds_count}")
         held = np.flatnonzero(fold_of == fold)
         kept = ~np.isin(places.model, held)
         fewer = Places(*(getattr(places, name)[kept] for name in ("model", "batch", "sm_pct", "log_ms")))
         device = fit_device_times(workloads, fewer, settings.sheet, folds_count=5, rng=rng)
-        parts = TransferParts(device, bank.without(held))
+        others = fold_of != fold
+        parts = TransferParts(device, bank.without(held), BatchSteps.fit(groups[others], steps[others]))
         for model in held.tolist():
-            table += _rows(parts, samples[model], model, settings)
+            table += _rows(parts, samples[model], model, settings, rng)
     device = fit_device_times(workloads, places, settings.sheet, folds_count=5, rng=rng)
     regressors, intervals, errors = [], [], []
     for static in (False, True):
         progress("fitting " + ("without probes" if static else "with probes"))
-        mine = [entry for entry in table if entry[5] == static]
+        mine = [rows for rows in table if rows.static == static]
         log_errors, keys, mape = _held_out(mine, fold_of, settings)
         intervals.append(Intervals.fit(keys, log_errors))
         errors.append(mape)
         regressors.append(_regressor(mine, settings))
-    return TransferModel(TransferParts(device, bank), *regressors, *intervals, *errors)
+    return TransferModel(TransferParts(device, bank, BatchSteps.fit(groups, steps)), *regressors, *intervals, *errors)
 
 
 def _rows(
-    parts: TransferParts, sample: Sample, model: int, settings: TransferSettings
-) -> list[tuple[Array, Array, Array, int, bool, bool]]:
-    """Features, estimate, measured (logs), model; whether its probes are those that a new model gets; whether none."""
+    parts: TransferParts, sample: Sample, model: int, settings: TransferSettings, rng: np.random.Generator
+) -> list[_Rows]:
+    """One model's rows: all with the probes that a new model gets, a share of them with each other set, all without."""
     batch, sm, quota = sample.configurations.T
     measured = np.log(sample.latency_ms)
-    out = []
-    for offset in _ANCHOR_SM_OFFSETS:
-        probes = probes_of(sample, settings.probe_batch, settings.probe_sm_pct - offset)
-        out.append((probes, offset == 0.0, False))
-    out.append((Probes(settings.probe_batch, settings.probe_sm_pct), True, True))
-    rows: list[tuple[Array, Array, Array, int, bool, bool]] = []
-    for probes, first, static in out:
+    places, inverse = np.unique(sample.configurations[:, :2], axis=0, return_inverse=True)
+    share = rng.integers(len(_ANCHOR_SM_OFFSETS), size=len(measured))
+    rows: list[_Rows] = []
+    for k, offset in enumerate((0.0, *_ANCHOR_SM_OFFSETS, None)):
+        probes = Probes(settings.probe_batch, settings.probe_sm_pct)
+        if offset is not None:
+            probes = probes_of(sample, settings.probe_batch, settings.probe_sm_pct - offset)
         view = TransferView(parts, sample.workload, probes)
-        features, estimate = view.features(batch, sm, quota, *view.device_log_ms(batch, sm))
-        probe = (batch == probes.batch) & (sm == probes.sm_pct) & np.isin(quota, list(probes.by_quota_ms))
-        keep = ~probe
-        rows.append((features[keep], estimate[keep], measured[keep], model, first, static))
+        device, spread = (part[inverse.ravel()] for part in view.device_log_ms(*places.T))
+        features, estimate = view.features(batch, sm, quota, device, spread)
+        keep = ~((batch == probes.batch) & (sm == probes.sm_pct) & np.isin(quota, list(probes.by_quota_ms)))
+        if 0 < k <= len(_ANCHOR_SM_OFFSETS):
+            keep &= share == k - 1
+        static = offset is None
+        rows.append(_Rows(model, static, k > 0, k == 0 or static, features[keep], estimate[keep], measured[keep]))
     return rows
 
 
@@ -387,15 +420,14 @@ def probes_of(
     return Probes(nearest, sm_pct, found, dict(sample.graph_ms))
 
 
-def _regressor(
-    table: Sequence[tuple[Array, Array, Array, int, bool, bool]], settings: TransferSettings
-) -> CatBoostRegressor:
+def _regressor(table: Sequence[_Rows], settings: TransferSettings) -> CatBoostRegressor:
     from catboost import CatBoostError, CatBoostRegressor
 
-    features = np.concatenate([entry[0] for entry in table])
-    target = np.concatenate([entry[2] - entry[1] for entry in table])
+    features = np.concatenate([rows.features for rows in table if rows.learnt])
+    target = np.concatenate([rows.measured - rows.estimate for rows in table if rows.learnt])
+    static = table[0].static
     regressor = CatBoostRegressor(
-        iterations=settings.trees_count,
+        iterations=settings.static_trees_count if static else settings.trees_count,
         depth=settings.depth,
         learning_rate=settings.learning_rate,
         l2_leaf_reg=settings.l2_leaf_reg,
@@ -403,7 +435,9 @@ def _regressor(
         subsample=0.5,
         bootstrap_type="Bernoulli",
         border_count=64,
-        loss_function="RMSE",
+        # with probes, single rows are off by the host's state, which a mean would follow; without, all rows are
+        loss_function="RMSE" if static else "Huber:delta=0.05",
+        ignored_features=[] if static else [TRANSFER_FEATURES.index(name) for name in _STATIC_FEATURES],
         random_seed=settings.seed,
         thread_count=settings.threads_count,
         allow_writing_files=False,
@@ -417,18 +451,19 @@ def _regressor(
 
 
 def _held_out(
-    table: Sequence[tuple[Array, Array, Array, int, bool, bool]], fold_of: NDArray[np.int64], settings: TransferSettings
+    table: Sequence[_Rows], fold_of: NDArray[np.int64], settings: TransferSettings
 ) -> tuple[Array, Array, float]:
     """Log errors and interval keys on held-out models probed as a new one is, and the mean MAPE of models."""
     errors, keys, mapes = [], [], []
     key = TRANSFER_FEATURES.index("device_over_curve_log")
     for fold in range(settings.folds_count):
-        regressor = _regressor([e for e in table if fold_of[e[3]] != fold], settings)
-        for features, estimate, measured, model, first, _ in table:
-            if fold_of[model] == fold and first:
-                off = measured - estimate - np.asarray(regressor.predict(features, thread_count=1), float)
+        regressor = _regressor([rows for rows in table if fold_of[rows.model] != fold], settings)
+        for rows in table:
+            if fold_of[rows.model] == fold and rows.judged:
+                residual = np.asarray(regressor.predict(rows.features, thread_count=1), float)
+                off = rows.measured - rows.estimate - residual
                 errors.append(off)
-                keys.append(features[:, key])
+                keys.append(rows.features[:, key])
                 mapes.append(100 * float(np.abs(np.expm1(-off)).mean()))
     return np.concatenate(errors), np.concatenate(keys), float(np.mean(mapes))
 
@@ -472,8 +507,8 @@ def _device_bound(grid: Grid) -> Places:
     return Places(model, grid.batches[b], grid.sm_pcts[s], level[bound])
 
 
-def _bank(samples: Sequence[Sample], grid: Grid, places: Places) -> CurveBank:
-    """Lines (batch, SM) of the training models, without what the device decided."""
+def _launched(grid: Grid, places: Places) -> Array:
+    """Measured latencies that the launch curve decided, as the grid; NaN where the device may have."""
     logs = grid.log_ms
     lowest = np.sort(logs, axis=3)[..., : min(3, logs.shape[3])]
     low = _median(lowest, 3)
@@ -485,12 +520,30 @@ def _bank(samples: Sequence[Sample], grid: Grid, places: Places) -> CurveBank:
     floor = np.quantile(known, 0.15, axis=1, method="lower")[:, None, None]
     doubtful = device | (low > floor + 0.15)
     launched = ~doubtful[..., None] | (logs > low[..., None] + 0.1)
-    cells = np.where(launched, logs, np.nan)
+    return np.where(launched, logs, np.nan)
+
+
+def _bank(samples: Sequence[Sample], grid: Grid, cells: Array) -> CurveBank:
+    """Lines (batch, SM) of the training models, of cells that the launch curve decided."""
     curves = _median(cells, 2)
     few = np.isfinite(cells).sum(2) < 2
     curves[few] = np.nan
-    usable = np.isfinite(cells).sum(3) >= max(2, (logs.shape[3] + 1) // 2)
+    usable = np.isfinite(cells).sum(3) >= max(2, (cells.shape[3] + 1) // 2)
     model, b, s = np.nonzero(usable)
     hosts = np.array([_host(Probes(graph_ms=sample.graph_ms)) for sample in samples])
     launches = np.array([sample.workload.value("launches_log2") * np.log(2.0) for sample in samples])
     return CurveBank(grid.quotas_pct, cells[model, b, s], curves[model, b], model, hosts[model], launches[model])
+
+
+def _steps(grid: Grid, cells: Array) -> Array:
+    """How much lower the curves of training models lie at batch 1 and at 2 than from 4, shape (models, 2)."""
+    curves = _median(cells[..., grid.quotas_pct <= _STEP_QUOTA_MAX], 2)
+    batches = grid.batches
+    if not (batches >= 4).any():
+        return np.full((len(curves), 2), np.nan)
+    reference = _median(curves[:, batches >= 4], 1)
+    found = []
+    for chosen in (batches < 2, (batches >= 2) & (batches < 4)):
+        none = np.full(reference.shape, np.nan)
+        found.append(_median((_median(curves[:, chosen], 1) if chosen.any() else none) - reference, 1))
+    return np.stack(found, axis=1)

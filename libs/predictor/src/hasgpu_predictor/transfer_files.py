@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from hasgpu_core.errors import IntegrityError, InvalidError
 
-from hasgpu_predictor.curves import CurveBank
+from hasgpu_predictor.curves import BatchSteps, CurveBank
 from hasgpu_predictor.device_times import DeviceTimeModel
 from hasgpu_predictor.intervals import Intervals
 from hasgpu_predictor.operators import COLUMNS, SUMMARY, DataSheet
 from hasgpu_predictor.profile import write_atomically
 from hasgpu_predictor.transfer import TRANSFER_FEATURES, TransferModel, TransferParts
 
-FORMAT = "hasgpu-transfer-model-1"
+FORMAT = "hasgpu-transfer-model-2"
 _REGRESSORS = ("probed", "static")
 
 
@@ -30,6 +30,7 @@ def save_transfer(folder: Path, model: TransferModel) -> None:
         f"device_{f.name}": getattr(model.parts.device, f.name) for f in fields(DeviceTimeModel) if f.name != "sheet"
     }
     arrays |= {f"bank_{f.name}": getattr(model.parts.bank, f.name) for f in fields(CurveBank)}
+    arrays["steps_weights"] = model.parts.steps.weights
     held = io.BytesIO()
     np.savez_compressed(held, **arrays)
     parts = {"arrays": held.getvalue()}
@@ -82,7 +83,9 @@ def load_transfer(folder: Path) -> TransferModel:
             for name in _REGRESSORS
         ]
         return TransferModel(
-            TransferParts(DeviceTimeModel(DataSheet(**card["sheet"]), **device), bank),
+            TransferParts(
+                DeviceTimeModel(DataSheet(**card["sheet"]), **device), bank, BatchSteps(arrays["steps_weights"])
+            ),
             regressors[0],
             regressors[1],
             bounds[0],
