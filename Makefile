@@ -14,7 +14,7 @@ SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
 TESTS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check format lint types imports proto proto-check test test-fast demo bench gpu-lab clean
+.PHONY: help setup check format lint types imports proto proto-check docs docs-check test test-fast demo bench gpu-lab images compose-up compose-down compose-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ $(READY): requirements.txt constraints.txt $(addsuffix /pyproject.toml,$(PACKAGE
 	@touch $@
 	@echo "setup: done, the command is $(BIN)/hasgpu"
 
-check: $(READY) proto-check lint types imports ## ruff, mypy strict, import rules, generated code up to date
+check: $(READY) proto-check docs-check lint types imports ## ruff, mypy strict, import rules, generated files up to date
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,6 +50,18 @@ format: $(READY) ## let ruff format and mend
 
 proto: $(READY) ## generate proto/gen again
 	$(BIN)/python tools/protos.py
+
+docs: $(READY) ## write the pages and dashboards that come from the code
+	$(BIN)/python tools/settings_reference.py
+	$(BIN)/python tools/metric_reference.py
+	$(BIN)/python tools/span_reference.py
+	$(BIN)/python -m tools.dashboards
+
+docs-check: $(READY)
+	$(BIN)/python tools/settings_reference.py --check
+	$(BIN)/python tools/metric_reference.py --check
+	$(BIN)/python tools/span_reference.py --check
+	$(BIN)/python -m tools.dashboards --check
 
 proto-check: $(READY)
 	$(BIN)/python tools/protos.py --check
@@ -76,13 +88,30 @@ bench: $(READY) ## measure; JSON under bench/results/
 	$(BIN)/python bench/emulated.py
 	$(BIN)/python bench/gateway.py
 	$(BIN)/python bench/rapp.py
+	$(BIN)/python bench/rapp_service.py --json bench/results/cpu/rapp_service.json
+	$(BIN)/python bench/rapp_plots.py || test $$? -eq 3
 	$(BIN)/python bench/queue_order.py
+	$(BIN)/python bench/metrics.py --out bench/results/cpu/metrics.json
 
 # on a bare GPU machine any Python with torch, numpy and grpcio does; without a GPU it says so (status 3) and is content
 LAB_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 gpu-lab: ## on a GPU, in 9 minutes: probe, conformance, benchmarks, a profile; LAB_PYTHON= needs torch and grpcio alone
 	@$(LAB_PYTHON) tools/gpu_lab.py || test $$? -eq 3
+
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+images: ## build the container images and print their sizes; VARIANT=cuda for GPUs
+	@"$(PYTHON)" tools/compose_images.py --variant $(or $(VARIANT),cpu)
+
+compose-up: ## the system in containers, detached; the same as `docker compose up -d` in deploy/compose
+	cd deploy/compose && $(COMPOSE) up --detach
+
+compose-down: ## end it; functions and profiles stay in their volumes
+	cd deploy/compose && $(COMPOSE) down
+
+compose-test: $(READY) images ## that system through its whole life on a real engine; writes bench/results/compose.json
+	HASGPU_COMPOSE_TEST=1 HASGPU_COMPOSE_RESULTS=bench/results/compose.json $(BIN)/pytest -s tests/compose
 
 clean: ## remove .venv, caches and out/
 	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache catboost_info

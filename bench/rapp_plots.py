@@ -6,6 +6,8 @@
   training and predicted from operators and probes;
 - error against the seconds spent on measuring, for the probe plan, for the node agent's plain order and for random
   order, with the physical estimate alone (what a first function on a new device has);
+- how wrong a function without a profile is predicted from its operators, by how many others were profiled (as the live
+  rapp does; whole-quota latencies at small SM shares stand for device times), no picture;
 - how the correction mends a start that is off by 1.5, over batches at partial quotas with waits at the gate, 5 % noise
   and 5 % outliers.
 
@@ -25,8 +27,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from hasgpu_predictor import (
+    V100,
     Axes,
     Correction,
+    Known,
     LatencyModel,
     ObservedBatch,
     Profile,
@@ -34,6 +38,7 @@ from hasgpu_predictor import (
     TransferSettings,
     corrected,
     fit_physical,
+    fit_transfer,
     plan_probes,
     static_physical,
     train_transfer,
@@ -56,6 +61,9 @@ PLAN_SMS = tuple(range(5, 101, 5))
 PLAN_QUOTAS = (1_000, 900, 700, 500, 300, 200, 100)
 BATCHES_SEEN = (0, 20, 30, 40, 60, 80, 120, 160, 200)
 SEEDS_COUNT = 30
+FREE_QUOTA_PCT = 90
+FUNCTIONS_COUNTS = (4, 8, 20)
+FUNCTION_SETS = 5
 OFF = 1.5
 
 
@@ -241,6 +249,35 @@ def _curve(
     return errors
 
 
+def few_functions(data: Data, seed: int) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """Mean error in per cent on functions left out, of random sets of so many; from operators, and with five points."""
+    places = {(b, s) for b in (1, 2, 4, 8) for s in (5, 10, 15, 20, 25)}
+    known = []
+    for model in sorted(set(data.latencies) & set(data.operators)):
+        table = data.latencies[model]
+        times: dict[tuple[int, int], list[float]] = {}
+        for (batch, sm_pct, quota_pct), latency_ms in zip(table.configurations, table.latency_ms, strict=True):
+            if quota_pct >= FREE_QUOTA_PCT and (batch, sm_pct) in places:
+                times.setdefault((int(batch), int(sm_pct)), []).append(float(latency_ms) / 1e3)
+        points = [
+            ProfilePoint(*at, 1_000, d_s, d_s) for at, all_s in times.items() for d_s in [statistics.median(all_s)]
+        ]
+        known.append(Known(model, tuple(data.operators[model]), Profile(model, "V100").merged(points)))
+    rng = np.random.default_rng(seed)
+    figures: dict[str, Any] = {}
+    for count in FUNCTIONS_COUNTS:
+        cards = []
+        for _ in range(FUNCTION_SETS):
+            chosen = [known[index] for index in rng.choice(len(known), min(count, len(known)), replace=False)]
+            cards.append(fit_transfer(chosen, device_model="V100", sheet=V100).card)
+        figures[str(count)] = {
+            "static_mape_pct": round(statistics.mean(card.static_mape_pct for card in cards), 1),
+            "five_points_mape_pct": round(statistics.mean(card.probed_mape_pct for card in cards), 1),
+            "static_worst_pct": round(max(card.static_mape_pct for card in cards), 1),
+        }
+    return {"sets": FUNCTION_SETS, "functions": figures}, lambda _folder: None
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, dpi=150)
     plt.close(figure)
@@ -262,6 +299,7 @@ def main() -> None:
     parts = {
         "unseen_models": held_out(data, options.seed),
         "error_pct_by_seconds": plan_errors(data, options.seed),
+        "functions_without_profile": few_functions(data, options.seed),
         "correction": convergence(data, "resnet50" if "resnet50" in data.latencies else sorted(data.latencies)[0]),
     }
     for _, draw in parts.values():

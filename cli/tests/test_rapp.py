@@ -23,6 +23,7 @@ class Rapp(rapp_pb2_grpc.RappServiceServicer):
 
     def __init__(self) -> None:
         self.basis = "profiled"
+        self.basis_reason = ""
         self.devices = ["Card"]
         self.correction = rapp_pb2.Correction(factor=1.0, run_factor=1.0)
         self.asked: list[Any] = []
@@ -37,6 +38,7 @@ class Rapp(rapp_pb2_grpc.RappServiceServicer):
             extrapolated=[c.batch > 4 for c in request.configurations],
             version=3,
             basis=self.basis,
+            basis_reason=self.basis_reason,
             correction=self.correction,
         )
 
@@ -56,10 +58,21 @@ class Rapp(rapp_pb2_grpc.RappServiceServicer):
         before = answer.versions.add()
         before.CopyFrom(card)
         before.version, before.served = 2, False
+        answer.transfers.add(device_model="Other", reason="2 of the 4 functions that are needed were profiled on Other")
+        answer.transfers.add(
+            device_model="Card",
+            models=["f", "g", "h", "i"],
+            rows_count=99,
+            static_mape_pct=24.5,
+            probed_mape_pct=8.25,
+            sha256="ef" * 32,
+            data_sha256="cd" * 32,
+        )
         for name in self.devices:
             state = answer.functions.add(
                 function="f", device_model=name, basis="profiled", version=3, points_count=48, profiled_max_batch=8
             )
+            state.operators_count, state.basis_reason = 91, self.basis_reason
             state.correction.CopyFrom(self.correction)
             state.sources.add(name="instance f-0", factor=1.52, batches_count=100)
             state.observed.CopyFrom(
@@ -138,6 +151,16 @@ def test_a_prediction_shows_interval_rate_and_what_is_extrapolated(rapp: Rapp) -
 def test_a_guess_is_called_one(rapp: Rapp) -> None:
     rapp.basis = "static"
     assert "static: a guess, nothing of it was measured" in call("predict", "f").output
+
+
+def test_what_a_prediction_rests_on_is_told(rapp: Rapp) -> None:
+    rapp.basis, rapp.basis_reason = "transferred", "from its 91 operators, 3 points of its own and 4 functions"
+    assert "transferred: from its 91 operators, 3 points of its own" in call("predict", "f").output
+    shown = call("describe").output
+    assert "Card functions without a profile: from their operators and 4 others, 24.5 % error" in shown
+    assert "Other functions without a profile: guessed from their size, 2 of the 4" in shown
+    assert "91 operators" in shown
+    assert "from its 91 operators, 3 points of its own" in shown
 
 
 def test_the_device_has_to_be_named_when_there_are_several(rapp: Rapp) -> None:

@@ -75,6 +75,17 @@ def test_device_seconds_is_the_integral_of_the_shares() -> None:
     assert device_seconds([], "f", 10.0) == 0
 
 
+def test_borrowed_time_is_charged() -> None:
+    """An instance with a small request and a large limit pays for what it used."""
+    samples = [
+        Sample(float(t), (InstanceSample("f", "f-0", "ready", 50, 10, 800, used_s=10.0 + 0.4 * t),)) for t in range(11)
+    ]
+    assert device_seconds(samples, "f", 10.0) == pytest.approx(0.5 * 0.4 * 10, rel=0.1)
+    idle = [Sample(float(t), (InstanceSample("f", "f-0", "ready", 50, 10, 800, used_s=10.0),)) for t in range(11)]
+    assert device_seconds(idle, "f", 10.0) == pytest.approx(0.5 * 0.01 * 10)
+    assert samples[0].allowed_share("f") == pytest.approx(0.4)
+
+
 def test_actions_of_the_policy_are_counted_by_kind() -> None:
     counts = count_actions(
         [

@@ -11,6 +11,8 @@ from otlp_sink import OtlpSink
 
 IDLE_TO_ZERO_S = 3
 """As the system's scaler is told; only functions with `min: 0` mind."""
+RETIRE_S = 5
+"""The same, for parked instances that nobody needs."""
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, sink: OtlpSink) -> Iterator
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{sink.port}",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
             "HASGPU_SCALER_IDLE_TO_ZERO_S": str(IDLE_TO_ZERO_S),
+            "HASGPU_SCALER_RETIRE_S": str(RETIRE_S),
         },
     )
     try:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hasgpu_core import events as ev
@@ -17,8 +18,10 @@ from hasgpu_core.clock import ManualClock
 from hasgpu_core.events import DesiredInstance
 from hasgpu_core.function import MIB, Artifact, FunctionSpec, ModelFormat, TensorSpec
 from hasgpu_core.observe import ClusterObserver
+from hasgpu_core.policy.choice import LIVE_POLICIES, make_live_policy
 from hasgpu_core.policy.hasgpu import HasGpuPolicy
-from hasgpu_core.policy.scaling import ActionKind, Decision, PolicyState, ScalingSettings
+from hasgpu_core.policy.rivals import StaticPeakPolicy
+from hasgpu_core.policy.scaling import ActionKind, Decision, PolicyState, ScalingPolicy, ScalingSettings
 from hasgpu_core.ports import Fence
 from hasgpu_core.resources import Allocation, DeviceInfo
 from hasgpu_runtime import wire
@@ -27,11 +30,21 @@ from hasgpu_runtime.store.memory import MemoryStore
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_scaler import records
 from hasgpu_scaler.adapters.desired_store import PREFIX, DesiredStore
+from hasgpu_scaler.adapters.recording_files import RecordingFiles
 from hasgpu_scaler.app import ScalerApp
 from hasgpu_scaler.core import ScalerCore
+from hasgpu_scaler.recorder import Recorder, RecordingObserver
 from hasgpu_scaler.records import DesiredRecord
 from hasgpu_sim.arrivals import Process, RateStep, hasgpu_steps
-from hasgpu_sim.recording import InitialDesired, InstanceGone, RecordedEvent, RecordedInput, RecordedLoad, replay
+from hasgpu_sim.recording import (
+    InitialDesired,
+    InstanceGone,
+    RecordedEvent,
+    RecordedInput,
+    RecordedLoad,
+    read_recording,
+    replay,
+)
 from hasgpu_sim.scenario import FunctionLoad, Scenario
 from hasgpu_sim.simulate import simulate
 
@@ -39,10 +52,10 @@ MODEL = "cpu-2c"
 
 
 class Remembering:
-    """HasGpuPolicy, and what it decided."""
+    """A policy, and what it decided."""
 
-    def __init__(self) -> None:
-        self._policy = HasGpuPolicy(ScalingSettings())
+    def __init__(self, policy: ScalingPolicy) -> None:
+        self._policy = policy
         self.decided: list[tuple[Decision, ...]] = []
 
     @property
@@ -123,7 +136,7 @@ HASGPU = Scenario(
 
 @asynccontextmanager
 async def live_scaler(
-    load: RecordedLoad, clock: ManualClock, policy: Remembering
+    load: RecordedLoad, clock: ManualClock, policy: Remembering, recorder: Recorder | None = None
 ) -> AsyncIterator[tuple[ScalerApp, MemoryBus]]:
     """A scaler that leads, with the recording's first desired states in its store."""
     bus, store = MemoryBus(), MemoryStore(clock)
@@ -138,7 +151,12 @@ async def live_scaler(
         bus=bus,
         desired=DesiredStore(store),
         clock=clock,
-        core=ScalerCore(policy=policy, observer=ClusterObserver(), clock=clock),
+        core=ScalerCore(
+            policy=policy,
+            observer=RecordingObserver(recorder) if recorder is not None else ClusterObserver(),
+            clock=clock,
+            recorder=recorder,
+        ),
         telemetry=Telemetry(),
         fence=lambda: fence,
         fenced=lambda: None,
@@ -175,10 +193,12 @@ async def tell(bus: MemoryBus, event: RecordedEvent) -> None:
             pass  # found in the store
 
 
-async def run_live(load: RecordedLoad) -> Sequence[tuple[Decision, ...]]:
+async def run_live(
+    load: RecordedLoad, decides: ScalingPolicy, recorder: Recorder | None = None, clock: ManualClock | None = None
+) -> Sequence[tuple[Decision, ...]]:
     """Returns what the live scaler decides at each tick of the recording."""
-    clock, policy = ManualClock(0.0), Remembering()
-    async with live_scaler(load, clock, policy) as (app, bus):
+    clock, policy = clock or ManualClock(0.0), Remembering(decides)
+    async with live_scaler(load, clock, policy, recorder) as (app, bus):
         for entry in load.entries:
             clock.advance(entry.at_s - clock.now_s())
             if isinstance(entry, RecordedInput):
@@ -190,13 +210,28 @@ async def run_live(load: RecordedLoad) -> Sequence[tuple[Decision, ...]]:
     return policy.decided
 
 
+def make(policy: str, scenario: Scenario) -> ScalingPolicy:
+    """A policy without memory, as the scaler and the simulator make it."""
+    if policy == "static-peak":
+        return StaticPeakPolicy({load.spec.name: 40.0 for load in scenario.functions})
+    return make_live_policy(policy)
+
+
+ACTS = {
+    "hybrid": {ActionKind.VERTICAL_DOWN, ActionKind.HORIZONTAL_UP},
+    "hasgpu": {ActionKind.VERTICAL_UP, ActionKind.VERTICAL_DOWN},
+}
+"""What a policy does in these scenarios at least; otherwise equality would say little."""
+
+
 @pytest.mark.parametrize("scenario", [STEADY_THEN_BURST, HASGPU], ids=["mixed", "hasgpu"])
-async def test_live_and_simulated_decisions_are_equal(scenario: Scenario) -> None:
-    load = simulate(scenario).recording
+@pytest.mark.parametrize("policy", [*LIVE_POLICIES, "static-peak"])
+async def test_live_and_simulated_decisions_are_equal(policy: str, scenario: Scenario) -> None:
+    load = simulate(scenario, make(policy, scenario)).recording
     expected = [tick.decisions for tick in load.ticks]
     kinds = {action.kind for decisions in expected for decision in decisions for action in decision.actions}
-    assert kinds >= {ActionKind.VERTICAL_UP, ActionKind.VERTICAL_DOWN}  # otherwise equality would say little
-    live = await run_live(load)
+    assert kinds >= ACTS.get(policy, {ActionKind.HORIZONTAL_UP})
+    live = await run_live(load, make(policy, scenario))
     assert len(live) == len(expected)
     for index, (mine, theirs) in enumerate(zip(live, expected, strict=True)):
         assert mine == theirs, f"tick {index}"
@@ -211,3 +246,19 @@ async def test_the_mixed_load_exercises_every_kind_of_action() -> None:
 def test_a_recording_replays_to_its_own_decisions() -> None:
     load = simulate(HASGPU).recording
     assert replay(load, HasGpuPolicy(ScalingSettings())) == tuple(load.ticks)
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "hasgpu", "kserve"])
+async def test_what_the_live_scaler_records_replays_to_what_it_decided(policy: str, tmp_path: Path) -> None:
+    load = simulate(STEADY_THEN_BURST, make(policy, STEADY_THEN_BURST)).recording
+    clock = ManualClock(0.0)
+    files = RecordingFiles(tmp_path, 1 << 30)
+    recorder = Recorder(files, clock)
+    live = await run_live(load, make(policy, STEADY_THEN_BURST), recorder, clock)
+    recorder.stop()
+    (path,) = files.segments(0, 0)
+    kept = read_recording(path)
+    again = replay(kept, make(policy, STEADY_THEN_BURST))
+    assert [tick.decisions for tick in again] == list(live)
+    acted = [[d for d in tick.decisions if d.actions] for tick in kept.ticks]
+    assert acted == [[d for d in decisions if d.actions] for decisions in live]

@@ -12,6 +12,7 @@ COMMANDS = {
     "up": ("system", "Start the system: brokers, services and node agents, supervised."),
     "down": ("system", "Stop everything that `up` started."),
     "status": ("system", "Show brokers, services, nodes, devices and functions."),
+    "doctor": ("doctor", "Check the installation; say what is wrong and what to do."),
     "logs": ("logs", "Show the log of a service or an instance."),
     "deploy": ("functions", "Deploy a function from its YAML."),
     "functions": ("functions", "List the functions."),
@@ -20,6 +21,11 @@ COMMANDS = {
     "infer": ("infer", "Send one request to a function."),
     "scale": ("scaling", "Set shares or the number of instances by hand, for a while."),
     "explain": ("scaling", "Show the last scaling decisions and their reasons."),
+    "policy": ("policy", "Show or set the policy that decides; advisory mode."),
+    "recording": ("recording", "Take out what the scaler saw and decided."),
+    "simulate": ("simulate", "Compare scaling policies on profiles and traces, or on a recording."),
+    "whatif": ("placement", "Ask where instances would go, and what a lost node would mean. Changes nothing."),
+    "events": ("placement", "Show what the scheduler placed, moved and could not place."),
     "profile": ("profile", "Measure a function over batch, SM share and quota; write a profile file."),
     "top": ("top", "Watch functions, shares and load."),
     "replay": ("replay", "Send requests at given rates or from a trace, open loop."),
@@ -74,14 +80,18 @@ def first_hasgpu_error(group: BaseExceptionGroup[BaseException]) -> HasgpuError 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="hasgpu-cli", prog_name="hasgpu")
 @click.option("--home", metavar="DIR", help="Folder of the system [HASGPU_HOME, else ~/.local/state/hasgpu].")
+@click.option("--gateway", metavar="HOST:PORT", help="Address of a gateway elsewhere [HASGPU_GATEWAY].")
+@click.option("--scaler", metavar="HOST:PORT", help="The same for the scaler [HASGPU_SCALER].")
+@click.option("--scheduler", metavar="HOST:PORT", help="The same for the scheduler [HASGPU_SCHEDULER].")
+@click.option("--rapp", metavar="HOST:PORT", help="The same for rapp [HASGPU_RAPP].")
 @click.pass_context
-def cli(context: click.Context, home: str | None) -> None:
+def cli(context: click.Context, /, home: str | None, **addresses: str | None) -> None:
     """Serverless deep-learning inference on shared GPUs.
 
     Every function gets a share of a device in space and time; shares grow and shrink so that its latency objective is
     met at the least cost.
     """
-    context.obj = {"home": home}
+    context.obj = {"home": home, "addresses": {name: address for name, address in addresses.items() if address}}
 
 
 def main() -> NoReturn:

@@ -23,6 +23,7 @@ class BrokerUnit:
     """A link to the server's own log."""
     server: NatsServer | RedisServer
     kind: str = "broker"
+    metrics: str = ""
     rank: int = BROKER_RANK
 
     def start(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hasgpu_core.errors import DeadlineError, HasgpuError, ModelError, UnavailableError
 
 from hasgpu_cli.client import CALL_TIMEOUT_S, Target
+from hasgpu_cli.home import NotUpError
 from hasgpu_cli.proto_json import to_plain
 from hasgpu_cli.spec import Deployment
 
@@ -52,7 +53,7 @@ async def get_function(target: Target, name: str) -> dict[str, Any]:
     return to_plain(answer.function)
 
 
-async def update_function(target: Target, name: str, **changes: int) -> dict[str, Any]:
+async def update_function(target: Target, name: str, **changes: Any) -> dict[str, Any]:
     """Changes the objective, bounds or limits of a function; returns its status."""
     from hasgpu.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -137,7 +138,7 @@ async def wait_until_ready(
 
 def _is_ready(name: str, function: dict[str, Any], *, profiled: bool) -> bool:
     capacity = function["capacity"]
-    has_profile = capacity is not None and capacity["basis"] == "profiled"
+    has_profile = capacity is not None and capacity["basis"] in ("profiled", "transferred")
     if has_profile and capacity["infeasible_reason"]:
         raise ModelError(f"{name}: no configuration meets its objective: {capacity['infeasible_reason']}")
     return function["condition"].startswith(SERVING_CONDITIONS) and (has_profile or not profiled)
@@ -146,6 +147,8 @@ def _is_ready(name: str, function: dict[str, Any], *, profiled: bool) -> bool:
 async def _progress(target: Target, name: str, function: dict[str, Any]) -> str:
     try:
         profiling = (await profiling_progress(target)).get(name, "")
+    except NotUpError:
+        profiling = ""  # only the gateway's address is known
     except HasgpuError as error:
         profiling = f"unknown ({error})"
     instances = ", ".join(

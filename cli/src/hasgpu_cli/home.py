@@ -33,6 +33,11 @@ class Home:
         return self.path / "stack.json"
 
     @property
+    def targets_file(self) -> Path:
+        """Where the services serve their metrics, as Prometheus reads it (file_sd_configs)."""
+        return self.path / "prometheus-targets.json"
+
+    @property
     def logs(self) -> Path:
         """One file a service."""
         return self.path / "logs"
@@ -72,6 +77,8 @@ class UnitRecord:
     restarts_count: int = 0
     reason: str = ""
     """Why it is not running, or why it was last restarted."""
+    metrics: str = ""
+    """host:port of its metrics; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)

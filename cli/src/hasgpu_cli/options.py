@@ -30,9 +30,11 @@ def target_options(*services: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             context = click.get_current_context()
-            home = kwargs.pop("home") or (context.find_root().obj or {}).get("home")
+            root = context.find_root().obj or {}
+            home = kwargs.pop("home") or root.get("home")
             overrides = {name: kwargs.pop(name) for name in services}
-            target = Target(find_home(home), {name: value for name, value in overrides.items() if value})
+            given = {name: value for name, value in overrides.items() if value}
+            target = Target(find_home(home), {**root.get("addresses", {}), **given})
             return function(*args, target=target, **kwargs)
 
         for name in reversed(services):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 from hasgpu_core.errors import InvalidError
-from hasgpu_core.function import MIB, FunctionSpec, ModelFormat, TensorSpec
+from hasgpu_core.function import MIB, FunctionSpec, ModelFormat, TensorSpec, slo_class_of
 
 from hasgpu_cli.pack import pack
 
@@ -40,6 +40,9 @@ KEYS = (
     "max_queue",
     "execution_timeout_ms",
     "parameters",
+    "advisory",
+    "slo_class",
+    "weight",
 )
 TENSOR_KEYS = ("name", "datatype", "shape")
 INSTANCE_KEYS = ("min", "max", "standby")
@@ -120,6 +123,9 @@ def build_deployment(text: str, *, folder: Path, source: Path) -> Deployment:
         max_queue=keys.integer("max_queue", 1_000),
         parameters=_parameters(keys),
         execution_timeout_ms=keys.integer("execution_timeout_ms", 30_000),
+        advisory=keys.boolean("advisory", False),
+        slo_class=keys.wrap(lambda: slo_class_of(keys.text("slo_class", "standard"))),
+        weight=keys.integer("weight", 100),
     )
     keys.wrap(spec.validate)
     return Deployment(spec, packed.archive, packed.names)
@@ -176,6 +182,12 @@ class _Section:
         value = self.get(key, default, "a whole number")
         if not isinstance(value, int) or isinstance(value, bool):
             raise InvalidError(f"{self.where}: {key}", expected="a whole number", got=_kind(value))
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.get(key, default, "true or false")
+        if not isinstance(value, bool):
+            raise InvalidError(f"{self.where}: {key}", expected="true or false", got=_kind(value))
         return value
 
     def mapping(self, key: str, default: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -44,6 +44,8 @@ class Stack:
     log_level: str = "info"
     ports: Mapping[str, int] = field(default_factory=dict)
     """By unit."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Further settings of all services."""
 
     def validate(self) -> None:
         """Raises InvalidError, naming the option, the bound and what came."""
@@ -56,7 +58,12 @@ class Stack:
     def unit_names(self) -> tuple[str, ...]:
         """All processes, brokers first."""
         brokers = [name for name, url in (("nats", self.nats_url), ("redis", self.redis_url)) if not url]
-        return (*brokers, *MODULES, *(node_unit(index) for index in range(self.nodes_count)))
+        return (*brokers, *self.service_names)
+
+    @property
+    def service_names(self) -> tuple[str, ...]:
+        """The units that are services."""
+        return (*MODULES, *(node_unit(index) for index in range(self.nodes_count)))
 
 
 def devices_setting(devices: str, *, device: str, gpus: int | None, profile: Path | None) -> str:
@@ -108,6 +115,22 @@ def node_unit(index: int) -> str:
     return f"node-agent-{index}"
 
 
+def metrics_port(unit: str) -> str:
+    """The name of the port on which a service serves its metrics."""
+    return f"{unit}/metrics"
+
+
+def metrics_targets(stack: Stack) -> list[dict[str, Any]]:
+    """Where the services serve their metrics, in the words of Prometheus' file_sd_configs."""
+    return [
+        {
+            "targets": [f"{HOST}:{stack.ports[metrics_port(unit)]}"],
+            "labels": {"job": f"hasgpu-{'node-agent' if unit.startswith('node-agent') else unit}"},
+        }
+        for unit in stack.service_names
+    ]
+
+
 def read_stack(home: Home) -> Stack:
     """Returns the stack of the last `up`, or a default one; a file that is not readable counts as none."""
     try:
@@ -123,7 +146,7 @@ def write_stack(home: Home, stack: Stack) -> None:
 
 
 def assign_ports(stack: Stack, *, before: Mapping[str, int]) -> Stack:
-    """Gives every unit a port: the one it had before if that is free, else a new one.
+    """Gives every unit a port, every service one more for its metrics: as before if that is free, else a new one.
 
     The gateway gets `gateway_port` when that is set, else 8001 when it is free, else any.
 
@@ -131,7 +154,7 @@ def assign_ports(stack: Stack, *, before: Mapping[str, int]) -> Stack:
         UnavailableError: The port asked for is taken, or no port is free.
     """
     ports: dict[str, int] = {}
-    for name in stack.unit_names:
+    for name in (*stack.unit_names, *map(metrics_port, stack.service_names)):
         if name == "gateway":
             if stack.gateway_port and not is_free(stack.gateway_port):
                 raise UnavailableError(f"port {stack.gateway_port} is taken; choose another with --port")
@@ -151,24 +174,27 @@ def service_units(home: Home, stack: Stack, *, nats_url: str, redis_url: str) ->
         "HASGPU_REDIS_URL": redis_url,
         "HASGPU_STATE_DIR": str(home.state),
         "HASGPU_LOG_LEVEL": stack.log_level,
+        **stack.env,
     }
-    units = [_service(home, name, module, stack.ports[name], common) for name, module in MODULES.items()]
+    units = [_service(home, stack, name, module, common) for name, module in MODULES.items()]
     for index in range(stack.nodes_count):
         name = node_unit(index)
         node = {"HASGPU_NODE": f"node{index}", "HASGPU_DEVICES": stack.devices}
-        units.append(_service(home, name, "hasgpu_node_agent", stack.ports[name], common | node))
+        units.append(_service(home, stack, name, "hasgpu_node_agent", common | node))
     return units
 
 
-def _service(home: Home, name: str, module: str, port: int, env: Mapping[str, str]) -> CommandUnit:
-    address = f"{HOST}:{port}"
+def _service(home: Home, stack: Stack, name: str, module: str, env: Mapping[str, str]) -> CommandUnit:
+    address = f"{HOST}:{stack.ports[name]}"
+    metrics = stack.ports[metrics_port(name)]
     return CommandUnit(
         name=name,
         kind="service",
         address=address,
         log=log_path(home, name),
         argv=(sys.executable, "-m", module),
-        env={**env, "HASGPU_LISTEN": address},
+        env={**env, "HASGPU_LISTEN": address, "HASGPU_METRICS_PORT": str(metrics)},
+        metrics=f"{HOST}:{metrics}",
         rank=SERVICE_RANK,
     )
 

@@ -109,6 +109,7 @@ def _unit(unit: UnitRecord, health: str) -> dict[str, Any]:
         "name": unit.name,
         "kind": unit.kind,
         "address": unit.address,
+        "metrics": unit.metrics,
         "state": unit.state,
         "health": health,
         "pid": unit.process.pid if unit.process else None,
@@ -131,9 +132,9 @@ def render_status(status: dict[str, Any]) -> RenderableType:
 
     supervisor = status["supervisor"]
     tree = Tree(f"[bold]hasgpu[/] in {escape(status['home'])}")
-    if supervisor is None:
+    if supervisor is None and "error" in status["cluster"]:
         tree.add("[yellow]not up[/] (`hasgpu up` starts it)")
-    elif not supervisor["alive"]:
+    elif supervisor is not None and not supervisor["alive"]:
         tree.add("[red]PROBLEM[/] the supervisor is gone; what still runs is not restarted (`hasgpu up` mends it)")
     for title, kind in (("brokers", "broker"), ("services", "service")):
         units = [unit for unit in status["units"] if unit["kind"] == kind]
@@ -155,8 +156,9 @@ def _unit_line(unit: dict[str, Any]) -> str:
     extra = (
         f"  restarted {unit['restarts_count']} times, last: {escape(unit['reason'])}" if unit["restarts_count"] else ""
     )
+    metrics = f"  metrics {unit['metrics']}" if unit["metrics"] else ""
     state = unit["health"] if unit["state"] == "running" else f"{unit['state']}, {unit['health']}"
-    return f"{mark} {unit['name']:<14} {unit['address']:<22} {state}  [dim]pid {unit['pid'] or '-'}[/]{extra}"
+    return f"{mark} {unit['name']:<14} {unit['address']:<22} {state}  [dim]pid {unit['pid'] or '-'}{metrics}[/]{extra}"
 
 
 def _add_cluster(branch: Tree, cluster: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ class Unit(Protocol):
     kind: str
     address: str
     log: Path
+    metrics: str
+    """host:port of its metrics; empty: it has none."""
     rank: int
     """Units start by ascending rank (each rank once the one before has started) and stop by descending rank."""
 
@@ -65,6 +67,7 @@ class CommandUnit:
     log: Path
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
+    metrics: str = ""
     rank: int = 1
     grace_s: float = 25.0
     _process: subprocess.Popen[bytes] | None = None
@@ -114,7 +117,10 @@ class Supervisor:
         self._home = home
         self._units = sorted(units, key=lambda unit: unit.rank)
         self._stop = asyncio.Event()
-        records = {unit.name: UnitRecord(unit.name, unit.kind, unit.address, str(unit.log)) for unit in self._units}
+        records = {
+            unit.name: UnitRecord(unit.name, unit.kind, unit.address, str(unit.log), metrics=unit.metrics)
+            for unit in self._units
+        }
         self._record = RunRecord(me, nats_url, redis_url, records)
 
     def stop(self) -> None:

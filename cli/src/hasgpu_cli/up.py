@@ -15,9 +15,9 @@ from pathlib import Path
 from hasgpu_core.errors import HasgpuError, UnavailableError
 
 from hasgpu_cli.client import Target
-from hasgpu_cli.home import Home, RunRecord, read_run_record
+from hasgpu_cli.home import Home, RunRecord, read_run_record, write_json
 from hasgpu_cli.processes import find_leftovers, stop_processes
-from hasgpu_cli.stack import Stack, assign_ports, devices_setting, log_path, read_stack, write_stack
+from hasgpu_cli.stack import Stack, assign_ports, devices_setting, log_path, metrics_targets, read_stack, write_stack
 from hasgpu_cli.status import fetch_cluster, probe
 
 READY_WITHIN_S = 90.0
@@ -42,7 +42,9 @@ def start(home: Home, stack: Stack, *, foreground: bool = False) -> subprocess.P
     for folder in (home.path, home.logs, home.state, home.brokers):
         folder.mkdir(parents=True, exist_ok=True)
     _end_leftovers(home)
-    write_stack(home, assign_ports(stack, before=read_stack(home).ports))
+    stack = assign_ports(stack, before=read_stack(home).ports)
+    write_stack(home, stack)
+    write_json(home.targets_file, metrics_targets(stack))
     log = log_path(home, "supervisor")
     with log.open("ab") as output:
         return subprocess.Popen(

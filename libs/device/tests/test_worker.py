@@ -165,6 +165,10 @@ def test_a_worker_serves_and_drains(start: Callable[..., Worker], make_config: M
     with pytest.raises(grpc.RpcError, match=r"expected 1\.\.4"):
         worker.stub().Measure(pb.MeasureRequest(batch=5), timeout=60)
 
+    table = worker.stub().ListOperators(pb.ListOperatorsRequest(), timeout=60).table
+    assert not table.rows
+    assert "got one that calls none" in table.reason
+
     assert worker.stub().DrainWorker(pb.DrainWorkerRequest(), timeout=60).abandoned_count == 0
     assert worker.wait_for(InstanceState.DRAINING).pid == worker.process.pid
     (refused,) = worker.execute(batch(11, item(1)))

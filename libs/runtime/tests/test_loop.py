@@ -8,6 +8,8 @@ from hasgpu_core.clock import ManualClock
 from hasgpu_core.errors import UnavailableError
 from hasgpu_runtime.clock import SystemClock
 from hasgpu_runtime.loop import FIRST_RETRY_S, LONGEST_RETRY_S, ReconcileLoop
+from hasgpu_runtime.metric_catalogue import LOOP_DONE_AGE, LOOP_DURATION
+from hasgpu_runtime.metrics import Metrics
 
 
 class Enough(BaseException):
@@ -98,3 +100,24 @@ async def test_a_pause_keeps_pokes_from_spinning():
     with pytest.raises(Enough):
         await loop.run(reconcile)
     assert times == [0.0, 0.5, 1.0, 1.5]
+
+
+async def test_passes_are_told_by_duration_and_outcome():
+    clock, metrics = ManualClock(), Metrics()
+    loop = ReconcileLoop(clock, 1.0, name="test", metrics=metrics)
+    outcomes = iter((None, UnavailableError("away"), None))
+
+    async def reconcile():
+        clock.advance(0.25)
+        outcome = next(outcomes, Enough())
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+    with pytest.raises(Enough):
+        await loop.run(reconcile)
+    done = metrics.histogram(LOOP_DURATION, "test", "done")
+    failed = metrics.histogram(LOOP_DURATION, "test", "failed")
+    assert (sum(done.counts), done.total) == (2, 0.5)
+    assert (sum(failed.counts), failed.total) == (1, 0.25)
+    ages = [point.value for spec, points in metrics.collect() if spec is LOOP_DONE_AGE for point in points]
+    assert ages == [pytest.approx(1.25)], "the period's wait, and the pass that ended the loop"

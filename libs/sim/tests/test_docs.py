@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from hasgpu_core.policy.hybrid import HybridSettings
 from hasgpu_core.policy.scaling import ScalingSettings
 from hasgpu_core.resources import DeviceInfo
 from hasgpu_sim import FunctionLoad, Scenario, simulate
@@ -43,3 +44,12 @@ def test_every_constant_is_in_the_table_with_its_value() -> None:
         value = getattr(defaults, field.name)
         number = f"{value:,}" if isinstance(value, int) else f"{value:g}"
         assert f"| `{field.name}` | {number} |" in PAGE, field.name
+
+
+def test_every_constant_of_hybrid_is_in_the_table_with_its_value() -> None:
+    defaults = HybridSettings()
+    for field in fields(HybridSettings):
+        value = getattr(defaults, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        shown = ", ".join(str(one) if isinstance(one, bool) else f"{one:g}" for one in values)
+        assert f"| `{field.name}` | {shown} |" in PAGE, field.name

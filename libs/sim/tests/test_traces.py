@@ -32,6 +32,37 @@ def test_every_shape_is_told_by_its_columns(tmp_path: Path) -> None:
     assert (list(public.arrivals_s["g"]), public.duration_s) == ([60.0], 120.0)
 
 
+def test_batches_are_spread_until_the_next(tmp_path: Path) -> None:
+    path = written(tmp_path, "t_s,input_tokens\n0,1\n0,1\n0,1\n3.0,1\n3.0,1\n10.0,5\n")
+    even = load_trace(path)
+    assert list(even.arrivals_s["f"]) == [0.0, 1.0, 2.0, 3.0, 4.5, 10.0]
+    assert "spread (even)" in even.notes[0]
+    drawn = load_trace(path, process=Process.POISSON, seed=3)
+    times = list(drawn.arrivals_s["f"])
+    assert times == sorted(times)
+    assert len(times) == 6
+    assert not drawn.timed
+    assert load_trace(written(tmp_path, "t_s,context_tokens\n0,1\n0,1\n")).timed
+
+
+def test_sums_of_fourteen_days_are_divided(tmp_path: Path) -> None:
+    head = "fn," + ",".join(f"c{i}" for i in range(1_440))
+    trace = load_trace(written(tmp_path, f"{head}\na," + ",".join(["28"] * 1_440) + "\n"))
+    assert trace.requests_count == 2 * 1_440
+    assert "divided by 14" in trace.notes[0]
+    raw = head.replace("fn,", "app,fn,trigger,")
+    kept = load_trace(written(tmp_path, f"{raw}\nx,a,http," + ",".join(["2"] * 1_440) + "\n"))
+    assert kept.requests_count == 2 * 1_440
+    assert not kept.notes
+
+
+def test_one_function_of_many_can_be_taken(tmp_path: Path) -> None:
+    path = written(tmp_path, "app,fn,trigger,c480,c481\nx,g,http,1,2\nx,h,http,5,0\n")
+    assert list(load_trace(path, part="h").arrivals_s) == ["h"]
+    with pytest.raises(NotFoundError, match="nearest: g"):
+        load_trace(path, part="gg")
+
+
 def test_scaled_counts_lose_no_request() -> None:
     counts = [3, 1, 0, 7, 2]
     assert len(times_of_counts(counts, 60.0, Process.EVEN, Random(0), scale=0.5)) == 6
@@ -49,6 +80,11 @@ def test_scaled_counts_lose_no_request() -> None:
         ("fn,c0,c1\na,1\n", "line 2.*3 values"),
         ("x,y\n1,2\n", "columns t_s"),
         ("t_s,n\n", "at least one request"),
+        ("count\n", "at least one count"),
+        ("rps\n", "at least one stage"),
+        ("set,source_index,rps\na,1,5\na,3,5\n", r"line 3, column source_index.*2, the stage after.*3: a gap"),
+        ("t_s\n-1\n", "column t_s"),
+        ("count\nnan\n", "column count"),
     ],
 )
 def test_bad_traces_are_named(tmp_path: Path, text: str, words: str) -> None:

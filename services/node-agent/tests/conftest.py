@@ -28,6 +28,8 @@ from hasgpu_node_agent.ports import (
     Hindrance,
     LaunchRequest,
     Measurement,
+    OperatorRow,
+    OperatorTable,
     WorkerReport,
     WorkerStatus,
 )
@@ -212,6 +214,7 @@ class FakeClient:
         self.measured: list[tuple[int, float]] = []
         self.on_measure: Callable[[int], None] = lambda batch: None
         self.closed: list[str] = []
+        self.operators: OperatorTable | HasgpuError = OperatorTable((OperatorRow("relu", 4, 16, 0, 16, 1, (1, 4)),))
 
     async def report(self, address: str) -> WorkerReport:
         return WorkerReport(in_flight_count=0, observations=())
@@ -224,6 +227,11 @@ class FakeClient:
         self.measured.append((batch, budget_s))
         self.on_measure(batch)
         return Measurement(batch * 1_000, batch * 500, 100, repetitions_count)
+
+    async def list_operators(self, address: str, timeout_s: float) -> OperatorTable:
+        if isinstance(self.operators, HasgpuError):
+            raise self.operators
+        return self.operators
 
     async def forget(self, address: str) -> None:
         self.closed.append(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,22 @@ def test_files_and_folders_come_out(tmp_path: Path, mode: str) -> None:
     unpack(tar(("handler.py", b"x = 1"), ("weights/a.bin", b"123"), mode=mode), tmp_path)
     assert (tmp_path / "handler.py").read_bytes() == b"x = 1"
     assert (tmp_path / "weights" / "a.bin").read_bytes() == b"123"
+
+
+@pytest.mark.parametrize("has_filter", [True, False])
+def test_modes_and_owners_are_not_taken_over_by_any_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_filter: bool
+) -> None:
+    if not has_filter:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)  # as before 3.11.4
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo("run.sh")
+        info.mode, info.uid, info.uname, info.size = 0o6777, 12_345, "nobody", 1
+        archive.addfile(info, io.BytesIO(b"x"))
+    unpack(buffer.getvalue(), tmp_path)
+    found = (tmp_path / "run.sh").stat()
+    assert (found.st_mode & 0o7777, found.st_uid) == (0o755, os.geteuid())
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "a/../../outside", "a/.."])

@@ -44,6 +44,7 @@ from hasgpu_node_agent.hardware import Hardware, find_hardware
 from hasgpu_node_agent.settings import AgentSettings, DeviceSetting
 from hasgpu_runtime.bus.memory import MemoryBus
 from hasgpu_runtime.clock import SystemClock
+from hasgpu_runtime.metrics import Metrics
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import decode_device, decode_instance, decode_node, encode, spec_to_proto
 
@@ -112,6 +113,7 @@ class Cluster:
             store=self.bus,
             clock=SystemClock(),
             telemetry=Telemetry(),
+            metrics=Metrics(),
             spawn=spawn,
         )
         spawn(node.run())
@@ -344,8 +346,13 @@ async def test_profile_status_and_drain_over_grpc(cluster: Cluster, make: Any) -
                 budget_ms=3_000,
                 sm_pcts=[50, 100],
                 quotas_permille=[1_000],
+                operators=True,
             )
-            points = [r.point async for r in stub.Profile(order) if r.WhichOneof("event") == "point"]
+            answers = [answer async for answer in stub.Profile(order)]
+            points = [answer.point for answer in answers if answer.WhichOneof("event") == "point"]
+            (table,) = [answer.operators for answer in answers if answer.WhichOneof("event") == "operators"]
+            assert not table.rows
+            assert "expected a handler that calls a torch.nn.Module" in table.reason
             async with asyncio.timeout(10):
                 while list((cluster.state_dir / "n" / "profiles").iterdir()):  # noqa: ASYNC110  done by another task
                     await asyncio.sleep(0.01)

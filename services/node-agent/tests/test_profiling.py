@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hasgpu_core.errors import InvalidError, ModelError, NotFoundError, UnavailableError
 from hasgpu_node_agent.errors import ProfileError
-from hasgpu_node_agent.ports import Measurement
+from hasgpu_node_agent.ports import Measurement, OperatorTable
 from hasgpu_node_agent.profiling import (
     Configuration,
     Point,
@@ -93,6 +93,27 @@ async def test_a_run_measures_under_the_share_of_each_point(world: Any, make: An
     assert process.request.profiling
     assert process.removed
     assert profiler.processes == {}
+
+
+async def test_operators_are_told_once_before_the_points_if_they_are_wanted(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    async with aclosing(profiler.run(order(make, batches=(1,), quotas_permille=(1_000,), operators=True))) as items:
+        found = [item async for item in items if not isinstance(item, str)]
+    assert [row.op for row in found[0].rows] == ["relu"]
+    assert [isinstance(item, Point) for item in found[1:]] == [True] * 4
+    async with aclosing(profiler.run(order(make, batches=(1,), quotas_permille=(1_000,)))) as items:
+        assert not [item async for item in items if isinstance(item, OperatorTable)]
+
+
+async def test_a_model_that_cannot_be_exported_is_measured_all_the_same(
+    world: Any, make: Any, profiler: Profiler
+) -> None:
+    world.client.operators = UnavailableError("it took too long")
+    async with aclosing(profiler.run(order(make, batches=(1,), quotas_permille=(1_000,), operators=True))) as items:
+        found = [item async for item in items if not isinstance(item, str)]
+    assert (found[0].rows, found[0].reason) == ((), "exporting the model failed: it took too long")
+    assert len(found) == 5
 
 
 async def test_the_budget_leaves_small_quotas_out_but_no_pair(world: Any, make: Any, profiler: Profiler) -> None:

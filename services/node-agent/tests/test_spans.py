@@ -13,10 +13,13 @@ from hasgpu_node_agent.reconciler import Reconciler
 from hasgpu_node_agent.shares import ShareApplier
 from hasgpu_node_agent.traces import ShareTraces
 from hasgpu_node_agent.worker_spans import SpanObserver
+from hasgpu_runtime import trace_catalogue as names
 from hasgpu_runtime.telemetry import Telemetry
 
 
 class Recorded:
+    recording = True
+
     def __init__(self, name: str, number: int, given: Mapping[str, Any]) -> None:
         self.name = name
         self.traceparent = f"00-{number:032x}-{number:016x}-01"
@@ -26,6 +29,9 @@ class Recorded:
 
     def set(self, key: str, value: Any) -> None:
         self.given.setdefault("attributes", {})[key] = value
+
+    def link(self, traceparent: str) -> None:
+        self.given.setdefault("links", []).append(traceparent)
 
     def fail(self, message: str) -> None:
         self.failure = message
@@ -65,10 +71,16 @@ def recorder() -> Recorder:
     return Recorder()
 
 
-def record(segments: Sequence[SegmentRecord], *, error: str = "", ran: bool = True) -> BatchRecord:
+def record(
+    segments: Sequence[SegmentRecord],
+    *,
+    error: str = "",
+    ran: bool = True,
+    items: tuple[str, ...] = ("one", "", "two"),
+) -> BatchRecord:
     run = Run(start_unix_ns=200, sm_pct=50, request_permille=300, end_unix_ns=9_000_000, gate_wait_ns=300)
     run.segments.extend(segments)
-    return BatchRecord("f-0", "f", 7, "parent", ("one", "", "two"), 3, 100, 200, 9_000_100, run if ran else None, error)
+    return BatchRecord("f-0", "f", 7, "parent", items, 3, 100, 200, 9_000_100, run if ran else None, error)
 
 
 def test_a_batch_is_a_child_of_the_gateways_and_linked_to_its_requests(recorder: Recorder) -> None:
@@ -78,10 +90,14 @@ def test_a_batch_is_a_child_of_the_gateways_and_linked_to_its_requests(recorder:
         SegmentRecord(7_000_000, 9_000_000, 2_000_000, 1, False),
     ]
     SpanObserver(recorder).batch_done(record(segments))
-    batch, first_wait, execute, later_wait = recorder.spans
-    assert (batch.name, batch.given["parent"], batch.given["links"]) == ("worker.batch", "parent", ["one", "two"])
+    batch, first_wait, execute, later_wait, other, *_ = recorder.spans
+    assert [span.name for span in recorder.spans[-3:]] == ["worker.batch", "worker.gate_wait", "worker.execute"]
+    assert len(recorder.spans) == 7, "the waits between segments are told once"
+    assert (batch.name, batch.given["parent"], batch.given["links"]) == ("worker.batch", "one", ["parent"])
+    assert (other.given["parent"], other.given["links"]) == ("two", ["parent"])
     assert (batch.given["start_unix_ns"], batch.given["end_unix_ns"]) == (100, 9_000_100)
-    assert batch.given["attributes"]["line_ns"] == 100
+    for span in (batch, first_wait, execute):
+        assert set(names.SPANS[span.name].attributes) <= set(span.given["attributes"]), span.name
     assert (first_wait.given["start_unix_ns"], first_wait.given["end_unix_ns"]) == (200, 500)
     assert (execute.given["start_unix_ns"], execute.given["end_unix_ns"]) == (500, 9_000_000)
     assert first_wait.given["parent"] == execute.given["parent"] == batch.traceparent
@@ -89,10 +105,16 @@ def test_a_batch_is_a_child_of_the_gateways_and_linked_to_its_requests(recorder:
     assert (later_wait.given["start_unix_ns"], later_wait.given["end_unix_ns"]) == (5_000_000, 7_000_000)
 
 
+def test_a_batch_in_which_no_request_is_traced_leaves_no_trace(recorder: Recorder) -> None:
+    SpanObserver(recorder).batch_done(record([], items=("", "", "")))
+    assert recorder.spans == []
+
+
 def test_a_batch_that_never_ran_has_a_span_of_its_own_only(recorder: Recorder) -> None:
     SpanObserver(recorder).batch_done(record([], error="the deadline passed", ran=False))
-    (batch,) = recorder.spans
-    assert batch.failure == "the deadline passed"
+    first, second = recorder.spans
+    assert first.name == second.name == "worker.batch"
+    assert first.failure == second.failure == "the deadline passed"
 
 
 @pytest.fixture
@@ -166,3 +188,27 @@ def test_a_plan_is_traced_until_it_is_carried_out_or_superseded(world: Any, reco
     assert first.ended
     traces.settle_plan(True)
     assert recorder.spans[1].ended
+
+
+async def test_a_worker_is_traced_from_its_start_to_its_share_in_force(
+    traced: Any, make: Any, recorder: Recorder
+) -> None:
+    traced.traces.plan(PlanEvent("n", 1), {"traceparent": "scheduler"})
+    traced.reconciler.set_function(make.function())
+    traced.plan(1, make.planned())
+    await traced.step(2)
+    instances = traced.reconciler.instances.values()
+    traced.traces.starts(instances)
+    (start,) = recorder.named("agent.start")
+    assert start.given["parent"] == recorder.named("agent.apply_plan")[0].traceparent
+    assert not start.ended
+    traced.process("f-0").ready()
+    await traced.step()
+    traced.traces.starts(instances)
+    (applied,) = recorder.named("agent.applied")
+    assert start.ended
+    assert applied.given["parent"] == start.traceparent
+    for span in (start, applied):
+        assert set(names.SPANS[span.name].attributes) - {names.EPOCH} <= set(span.given["attributes"])
+    traced.traces.starts(())
+    assert applied.ended

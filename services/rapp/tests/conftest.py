@@ -74,11 +74,19 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServiceServicer):
     obeys: bool = False
     """It measures the configurations that it is asked for."""
     requests: list[node_agent_pb2.ProfileRequest] = field(default_factory=list)
+    operators: dict[str, node_agent_pb2.OperatorTable] = field(default_factory=dict)
+    """Of the artifacts of this digest; those of others can't be exported."""
+    scale: dict[str, float] = field(default_factory=dict)
+    """Device times of the artifacts of this digest are so many times the formula."""
 
     async def Profile(self, request: Any, context: Any) -> AsyncIterator[node_agent_pb2.ProfileResponse]:
         self.runs_count += 1
         self.requests.append(request)
         yield node_agent_pb2.ProfileResponse(progress="loading")
+        digest = request.spec.artifact.sha256
+        if request.operators:
+            why = node_agent_pb2.OperatorTable(reason="expected one that torch.export can take, got a branch on values")
+            yield node_agent_pb2.ProfileResponse(operators=self.operators.get(digest, why))
         if self.hold is not None:
             await self.hold.wait()
         if self.always is not None:
@@ -89,7 +97,7 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServiceServicer):
         if self.obeys:
             cells = [(c.batch, c.sm_pct, c.quota_permille) for c in request.configurations]
         for batch, sm, quota in cells:
-            d = self.slower * true_device_time_s(batch, sm)
+            d = self.slower * self.scale.get(digest, 1.0) * true_device_time_s(batch, sm)
             yield node_agent_pb2.ProfileResponse(
                 point=node_agent_pb2.ProfilePoint(
                     batch=batch,
@@ -101,6 +109,20 @@ class FakeAgent(node_agent_pb2_grpc.NodeAgentServiceServicer):
                     repetitions_count=5,
                 )
             )
+
+
+def convolutions(scale: float, count: int = 10) -> node_agent_pb2.OperatorTable:
+    """A model of `count` equal convolutions; as much work as the formula takes `scale` times."""
+    row = node_agent_pb2.Operator(
+        op="convolution",
+        flops=round(scale * 6e7),
+        input_bytes=200_000,
+        weight_bytes=round(scale * 40_000),
+        output_bytes=200_000,
+        groups=1,
+        output_shape=(1, 64, 28, 28),
+    )
+    return node_agent_pb2.OperatorTable(rows=[row] * count)
 
 
 class Rig:

@@ -153,6 +153,15 @@ async def test_predictions_have_intervals_and_say_what_they_are(
     assert list(surface.extrapolated_batches) == [16, 32]
     assert len(surface.low_us) == len(surface.high_us) == len(surface.points)
     assert rig.tables[-1].profiled_max_batch == 8
+    capacity = await stub.Capacity(
+        rapp_pb2.CapacityRequest(
+            function="fn",
+            device_model=DEVICE_MODEL,
+            configurations=[configuration(8, 50, 500), configuration(16, 50, 500)],
+        ),
+        timeout=10,
+    )
+    assert list(capacity.extrapolated) == [False, True]
 
 
 async def test_a_function_without_profile_gets_a_guess_marked_so(

@@ -34,8 +34,10 @@ from hasgpu_runtime.bus.memory import MemoryBus
 from hasgpu_runtime.store.memory import MemoryStore
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_scaler.adapters.desired_store import PREFIX, DesiredStore
+from hasgpu_scaler.adapters.recording_files import RecordingFiles
 from hasgpu_scaler.app import ScalerApp
 from hasgpu_scaler.core import ScalerCore
+from hasgpu_scaler.recorder import Recorder, RecordingObserver
 from hasgpu_scaler.records import DesiredRecord, decode
 
 MODEL = "cpu-2c"
@@ -81,9 +83,13 @@ class World:
         self.poked_count = 0
         self.beat_count = 0
 
-    def build(self, fence, policy=None, telemetry=None) -> ScalerApp:
+    def build(self, fence, policy=None, telemetry=None, files: RecordingFiles | None = None) -> ScalerApp:
+        recorder = Recorder(files, self.clock) if files is not None else None
         core = ScalerCore(
-            policy=policy or HasGpuPolicy(ScalingSettings()), observer=ClusterObserver(), clock=self.clock
+            policy=policy or HasGpuPolicy(ScalingSettings()),
+            observer=RecordingObserver(recorder) if recorder is not None else ClusterObserver(),
+            clock=self.clock,
+            recorder=recorder,
         )
         return ScalerApp(
             bus=self.bus,
@@ -94,6 +100,7 @@ class World:
             fence=fence,
             fenced=lambda: None,
             poke=self._poke,
+            recordings=files,
         )
 
     def _poke(self) -> None:
@@ -101,13 +108,13 @@ class World:
 
     @asynccontextmanager
     async def scaler(
-        self, owner: str = "one", *, lead: bool = True, policy=None, telemetry=None
+        self, owner: str = "one", *, lead: bool = True, policy=None, telemetry=None, files=None
     ) -> AsyncIterator[ScalerApp]:
         """A scaler whose listening tasks run; it holds the lease when it can get it. Passes are run by the test."""
         held: list[Fence | None] = [None]
         if lead:
             held[0] = await self.store.acquire_lease("scaler", owner, ttl_s=3.0)
-        app = self.build(lambda: held[0], policy, telemetry)
+        app = self.build(lambda: held[0], policy, telemetry, files)
         app.held = held  # type: ignore[attr-defined]
         tasks = [asyncio.ensure_future(app.watch()), asyncio.ensure_future(app.listen())]
         await app.wait_caught_up()

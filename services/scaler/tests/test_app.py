@@ -348,8 +348,8 @@ async def test_waiting_requests_for_a_function_at_zero_ask_for_a_pass(world, mak
         assert len((await world.record()).instances) == 1
         await world.obey()
         before = world.poked_count
-        await world.demand(1, queued=1)
-        assert world.poked_count == before  # somebody serves: the period will do
+        await world.demand(1)
+        assert world.poked_count == before  # nobody waits: the period will do
 
 
 async def test_idle_decisions_for_one_reason_are_kept_once(world):

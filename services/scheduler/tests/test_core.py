@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hasgpu_core.policy.placement import NoRoom, Placement
-from hasgpu_core.resources import InstanceState
+from hasgpu_core.resources import DeviceHealth, InstanceState
 from hasgpu_scheduler.core import TOMBSTONE_S, SchedulerCore
 
 
@@ -41,7 +43,7 @@ def beat(core: SchedulerCore, make, until_s: float, *names: str, start_s: float 
         now_s += 1.0
 
 
-def test_places_on_a_shared_row_and_then_on_another_node(core, make):
+def test_places_on_a_shared_row_on_the_node_where_the_function_is_not(core, make):
     core.on_node(make.node("a"), 0.0)
     core.on_node(make.node("b"), 0.0)
     core.accept(make.wanted("f", 1, (0, make.allocation(600)), (1, make.allocation(400))), 0.0)
@@ -50,7 +52,7 @@ def test_places_on_a_shared_row_and_then_on_another_node(core, make):
     assert where(core) == {
         "f-0": ("a", "cpu0", 0, 600),
         "g-0": ("b", "cpu0", 0, 500),
-        "f-1": ("a", "cpu0", 0, 400),
+        "f-1": ("b", "cpu0", 0, 400),
     }
     assert not result.unplaced
     assert {plan.node: plan.fencing_token for plan in result.plans} == {"a": 1, "b": 1}
@@ -311,10 +313,10 @@ def test_an_id_in_two_plans_survives_once(core, make):
 def test_what_if_places_nothing(core, make):
     core.on_node(make.node("a"), 0.0)
     run(core)
-    found = core.what_if(make.allocation(600))
+    found = core.what_if(make.allocation(600), 0.0)
     assert isinstance(found, Placement)
     assert (found.node, found.row) == ("a", 0)
-    assert isinstance(core.what_if(make.allocation(600, memory_mib=1 << 20)), NoRoom)
+    assert isinstance(core.what_if(make.allocation(600, memory_mib=1 << 20), 0.0), NoRoom)
     assert where(core) == {}
 
 
@@ -339,3 +341,44 @@ def test_reports_that_arrive_out_of_step_over_fill_no_row(core, make, state):
     core.on_instance(make.status("f-1", "a", make.allocation(100), 2))
     run(core)
     assert {i: place[3] for i, place in where(core).items()} == {"f-0": 900, "f-1": 100}
+
+
+def test_a_node_that_had_the_function_before_is_preferred(core, make):
+    for name in ("a", "b"):
+        core.on_node(make.node(name), 0.0)
+    core.accept(make.wanted("x", 1, (0, make.allocation(900, 75)), (1, make.allocation(900, 75))), 0.0)
+    core.accept(make.wanted("f", 1, (0, make.allocation(300, 25))), 0.0)
+    run(core)
+    home = where(core)["f-0"][0]
+    other = "b" if home == "a" else "a"
+    core.on_instance(make.status("f-0", other, make.allocation(300, 25), 1))
+    core.on_instance_gone("f-0")
+    core.accept(make.wanted("f", 2), 0.0)
+    run(core)
+    core.accept(make.wanted("f", 3, (1, make.allocation(300, 25))), 0.0)
+    run(core)
+    assert where(core)["f-1"][0] == other
+
+
+def test_a_degraded_device_is_used_when_nothing_else_has_room_and_a_lost_one_never(core, make):
+    sick = replace(make.device("a"), health=DeviceHealth.DEGRADED, health_reason="hot")
+    core.on_node(replace(make.node("a"), devices=(sick,)), 0.0)
+    core.on_node(make.node("b"), 0.0)
+    core.accept(make.wanted("f", 1, *((n, make.allocation(800)) for n in range(2))), 0.0)
+    run(core, 0.0)
+    core.accept(make.wanted("f", 2), 1.0)
+    run(core, 1.0)
+    core.heard(40.0)
+    for name in ("a", "b"):
+        devices = (sick,) if name == "a" else make.node("b").devices
+        core.on_node(replace(make.node(name, beat=2), devices=devices), 40.0)
+    core.accept(make.wanted("g", 1, (0, make.allocation(800))), 40.0)
+    run(core, 40.0)
+    assert where(core)["g-0"][0] == "b"
+    core.accept(make.wanted("h", 1, (0, make.allocation(800))), 40.0)
+    run(core, 40.0)
+    assert where(core)["h-0"][0] == "a"
+    core.on_node(replace(make.node("a", beat=3), devices=(replace(sick, health=DeviceHealth.LOST),)), 41.0)
+    run(core, 41.0)
+    assert "h-0" not in where(core)
+    assert "a" not in {place[0] for place in where(core).values()}

@@ -102,18 +102,23 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule()
     def settles(self) -> None:
-        """A pass on its own outcome changes nothing."""
+        """Binding what was bound changes nothing."""
         self.decide()
-        again = bind(self.core.views(), self.core.wanted, self.core.planned(), self.core._reported)
-        assert bind(self.core.views(), self.core.wanted, again.plans, self.core._reported).plans == again.plans
+        again = bind(self.core.views(self.now_s), self.core.wanted, self.core.planned(), self.core._reported)
+        assert (
+            bind(self.core.views(self.now_s), self.core.wanted, again.plans, self.core._reported).plans == again.plans
+        )
 
     @invariant()
     def rows_hold(self) -> None:
-        seen: set[str] = set()
+        seen: set[tuple[str, bool]] = set()
         for name, plan in self.core.plans.items():
             for entry in plan.instances:
-                assert entry.instance not in seen
-                seen.add(entry.instance)
+                assert (entry.instance, bool(entry.moving_from)) not in seen
+                seen.add((entry.instance, bool(entry.moving_from)))
+                for other, mark in ((entry.moving_from, "moving_to"), (entry.moving_to, "moving_from")):
+                    there = self.core.plans[other].instances if other else ()
+                    assert not other or [getattr(p, mark) for p in there if p.instance == entry.instance] == [name]
             for gpu in {entry.gpu for entry in plan.instances}:
                 mine = [entry for entry in plan.instances if entry.gpu == gpu]
                 rows = rows_of(mine, make.device(name))

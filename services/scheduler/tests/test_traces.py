@@ -6,14 +6,15 @@ import asyncio
 
 from hasgpu_core.clock import ManualClock
 from hasgpu_core.events import horizontal_subject, node_subject, plan_subject
+from hasgpu_runtime import trace_catalogue as names
 from hasgpu_runtime import wire
 from hasgpu_runtime.bus.memory import MemoryBus
 from hasgpu_runtime.store.memory import MemoryStore
-from hasgpu_runtime.telemetry import TRACEPARENT, ExportingTelemetry
+from hasgpu_runtime.telemetry import TRACEPARENT
+from hasgpu_runtime.tracer import ExportingTelemetry
 from hasgpu_scheduler.adapters.plan_store import PlanStore
 from hasgpu_scheduler.app import SchedulerApp
 from hasgpu_scheduler.core import SchedulerCore
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -22,8 +23,6 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 async def test_the_plan_carries_a_span_of_the_commands_trace(make):
     exporter = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
     clock = ManualClock(10.0)
     bus, store = MemoryBus(), MemoryStore(clock)
     fence = await store.acquire_lease("scheduler", "one", ttl_s=3.0)
@@ -32,7 +31,7 @@ async def test_the_plan_carries_a_span_of_the_commands_trace(make):
         plans=PlanStore(store),
         clock=clock,
         core=SchedulerCore(node_timeout_s=6.0, silence_s=3.0),
-        telemetry=ExportingTelemetry(provider),
+        telemetry=ExportingTelemetry(SimpleSpanProcessor(exporter)),
         fence=lambda: fence,
         fenced=lambda: None,
         poke=lambda: None,
@@ -50,7 +49,9 @@ async def test_the_plan_carries_a_span_of_the_commands_trace(make):
     (span,) = [s for s in exporter.get_finished_spans() if s.name == "scheduler.plan"]
     assert f"{span.context.trace_id:032x}" == TRACE
     assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
-    assert span.attributes["nodes"] == ("a",)
+    assert span.attributes[names.NODES] == ("a",)
+    assert span.attributes[names.MESSAGING_DESTINATION] == horizontal_subject("f")
+    assert set(names.SPANS["scheduler.plan"].attributes) <= set(span.attributes)
     said = bus._state[plan_subject("a")].headers[TRACEPARENT]
     assert said == f"00-{TRACE}-{span.context.span_id:016x}-01"
     for task in tasks:

@@ -34,7 +34,7 @@ def deploy_command(target: Target, file: Path, replace: bool, wait: bool, within
         raise click.ClickException(f"{error}; --replace takes its place") from error
     if not as_json:
         click.echo(f"{name}: sent {artifact.size_bytes:,} bytes, sha256 {artifact.sha256[:12]}…")
-    if wait:
+    if wait and not deployment.spec.advisory:  # nobody starts an instance of one in advisory mode
         function = _wait(target, name, within_s, quiet=as_json)
     if as_json:
         print_json(function)

@@ -87,7 +87,7 @@ async def _profile(
 
 async def _ingest(target: Target, place: Place, sweep: Sweep) -> int:
     try:
-        return await ingest(target, place, sweep.file.rows())
+        return await ingest(target, place, sweep.file.rows(), sweep.operators)
     except HasgpuError as error:
         raise HasgpuError(f"{_state(sweep)}; rapp did not take the points: {error}") from error
 

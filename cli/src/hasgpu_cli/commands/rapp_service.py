@@ -49,8 +49,9 @@ def predict_command(
     if as_json:
         print_json(found)
         return
-    guessed = ": a guess, nothing of it was measured" if found["basis"] == "static" else ""
-    click.echo(f"{function} on {found['device_model']}, version {found['version']}, {found['basis']}{guessed}")
+    rests_on = found["basis_reason"] or ("a guess, nothing of it was measured" if found["basis"] == "static" else "")
+    told = f"{found['basis']}: {rests_on}" if rests_on else found["basis"]
+    click.echo(f"{function} on {found['device_model']}, version {found['version']}, {told}")
     correction = found["correction"]
     if correction["batches_count"]:
         click.echo(f"  {_correction(correction)}")
@@ -112,6 +113,7 @@ async def predict(
         "device_model": device_model,
         "version": answer.version,
         "basis": answer.basis,
+        "basis_reason": answer.basis_reason,
         "slo_ms": capacity.slo_ms,
         "infeasible_reason": capacity.infeasible_reason,
         "correction": to_plain(answer.correction),
@@ -175,6 +177,8 @@ def describe_command(target: Target, device_model: str, as_json: bool) -> None:
         for version in described["versions"]:
             if version["device_model"] == card["device_model"] and not version["served"]:
                 click.echo(f"    before: {_version(version)}")
+    for transfer in described["transfers"]:
+        click.echo(_transfer(transfer))
     for state in described["functions"]:
         click.echo(_function(state))
     for name, progress in sorted(described["profiling"].items()):
@@ -240,6 +244,17 @@ def _card(card: dict[str, Any]) -> str:
     return f"{card['device_model']} {_version(card)}{alone}, {len(card['features'])} features, {card['train_s']:.1f} s"
 
 
+def _transfer(card: dict[str, Any]) -> str:
+    if not card["models"]:
+        return f"{card['device_model']} functions without a profile: guessed from their size, {card['reason']}"
+    failed = f"; the newest could not be learnt: {card['reason']}" if card["reason"] else ""
+    return (
+        f"{card['device_model']} functions without a profile: from their operators and {len(card['models'])} others, "
+        f"{card['static_mape_pct']:.1f} % error on those left out, {card['probed_mape_pct']:.1f} % with five points; "
+        f"{card['rows_count']} rows, model {card['sha256'][:12]}, data {card['data_sha256'][:12]}{failed}"
+    )
+
+
 def _function(state: dict[str, Any]) -> str:
     at_ns = state["table_computed_unix_ns"]
     age = f"table {max(0.0, time.time() - at_ns / 1e9):.0f} s old" if at_ns else "no table published"
@@ -248,6 +263,10 @@ def _function(state: dict[str, Any]) -> str:
         f"{state['function']} on {state['device_model']}: {state['basis']}, version {state['version']}, "
         f"{measured if state['points_count'] else 'nothing measured'}, {age}"
     ]
+    if state["operators_count"]:
+        lines[0] += f", {state['operators_count']} operators"
+    if state["basis_reason"]:
+        lines.append(f"    {state['basis']}: {state['basis_reason']}")
     correction = state["correction"]
     if correction["batches_count"]:
         lines.append(f"    {_correction(correction)}")

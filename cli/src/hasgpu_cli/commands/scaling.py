@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -71,10 +72,25 @@ def _permille(option: str, pct: float | None) -> int | None:
 @click.argument("name")
 @click.option("--all", "include_idle", is_flag=True, help="Also the decisions that changed nothing.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000), help="Newest so many.")
+@click.option("--at", "at_text", metavar="TIME", help="What was seen then and why: 14:03:20 (UTC), ISO 8601, -90s.")
+@click.option("--recording", "file", type=click.Path(path_type=Path), help="With --at: of this file, not the live one.")
 @json_option
 @target_options("scaler")
-def explain_command(target: Target, name: str, include_idle: bool, limit: int, as_json: bool) -> None:
-    """Show the last scaling decisions of a function, newest last, and why they were made."""
+def explain_command(
+    target: Target, name: str, include_idle: bool, limit: int, at_text: str | None, file: Path | None, as_json: bool
+) -> None:
+    """Show the last scaling decisions of a function, newest last, and why they were made.
+
+    With --at TIME: the decision that held then, what the scaler saw when it made it (demand, instances, predictions,
+    free room), and the decisions before and after. It comes from the recording that the scaler keeps.
+    """
+    if at_text is not None:
+        from hasgpu_cli.recordings import explain_at
+
+        click.echo(explain_at(target, name, at_text, file=file, as_json=as_json))
+        return
+    if file is not None:
+        raise click.UsageError("--recording goes with --at")
     decisions = run(explain(target, name, limit=limit, include_idle=include_idle))
     if as_json:
         print_json(decisions)

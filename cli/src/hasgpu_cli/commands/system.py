@@ -128,5 +128,5 @@ def status_command(target: Target, as_json: bool) -> None:
         print_json(status)
     else:
         make_console().print(render_status(status))
-    if not status["up"] and not target.overrides:
+    if not status["up"] and not target.overrides and "error" in status["cluster"]:
         raise SystemExit(1)

@@ -58,12 +58,12 @@ def rate_picture(run: DemoRun, function: FunctionRun) -> str:
 
 
 def shares_picture(run: DemoRun) -> str:
-    """Shares of the device over time, stacked by instance."""
+    """What instances may use of the device over time (their limits), stacked by instance."""
     figure, axes = _figure(3.0)
     names = sorted({(item.function, item.instance) for sample in run.samples for item in sample.instances})
     times = [sample.at_s for sample in run.samples]
     rows = [
-        [sum(100 * i.gpu_share for i in sample.instances if i.instance == instance) for sample in run.samples]
+        [sum(100 * i.allowed_share for i in sample.instances if i.instance == instance) for sample in run.samples]
         for _, instance in names
     ]
     if rows:
@@ -73,8 +73,8 @@ def shares_picture(run: DemoRun) -> str:
         for (name, _), area in zip(names, stack, strict=True):
             area.set_alpha(max(0.25, 0.85 - 0.22 * earlier.get(name, 0)))
             earlier[name] = earlier.get(name, 0) + 1
-    axes.set_ylabel("% of the device")
-    axes.set_ylim(0, 100)
+    axes.set_ylabel("allowed, % of the device")
+    axes.set_ylim(0, max([100.0, *(sum(column) for column in zip(*rows, strict=True))]))
     _finish(axes, run)
     return _svg(figure)
 

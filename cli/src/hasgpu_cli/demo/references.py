@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FUNCTIONS = ("minilm", "resnet18")
 INPUT_NAMES: Mapping[str, str] = {"minilm": "text", "resnet18": "image"}
-WITHIN_S = 120.0
+WITHIN_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)

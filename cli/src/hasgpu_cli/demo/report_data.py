@@ -21,11 +21,20 @@ class InstanceSample:
     state: str
     sm_pct: int
     request_permille: int
+    limit_permille: int = 0
+    """Up to which idle time is borrowed; 0: not known."""
+    used_s: float = 0.0
+    """Device time so far, all SMs of its share counted as one."""
 
     @property
     def gpu_share(self) -> float:
-        """Part of a device, 0..1."""
+        """Part of a device that is promised, 0..1."""
         return self.sm_pct / 100 * self.request_permille / 1_000
+
+    @property
+    def allowed_share(self) -> float:
+        """Part of a device that may be used while nobody else wants it, 0..1."""
+        return self.sm_pct / 100 * max(self.request_permille, self.limit_permille) / 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,10 @@ class Sample:
     def share(self, function: str) -> float:
         """Part of a device that the function's instances are promised."""
         return sum(instance.gpu_share for instance in self.instances if instance.function == function)
+
+    def allowed_share(self, function: str) -> float:
+        """Part of a device that the function's instances may use."""
+        return sum(instance.allowed_share for instance in self.instances if instance.function == function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +140,33 @@ class DemoRun:
     """Cosine similarities that the served embedding gives: "paraphrase", "unrelated"."""
 
 
+CHARGED_OVER_S = 5.0
+"""Agents tell of device time once a second; what was borrowed is told from what was promised over stretches of this."""
+
+
 def device_seconds(samples: Sequence[Sample], function: str, duration_s: float) -> float:
-    """Integrates a function's share of the device over the run; a sample holds until the next one."""
+    """Returns what a function's instances cost over the run: in each stretch the larger of promised and used.
+
+    A sample holds until the next one.
+    """
     total = 0.0
+    promised: dict[str, float] = {}
+    used: dict[str, float] = {}
+    began_s, last = 0.0, {item.instance: item.used_s for sample in samples[:1] for item in sample.instances}
     for index, sample in enumerate(samples):
         until_s = samples[index + 1].at_s if index + 1 < len(samples) else duration_s
         start_s = 0.0 if index == 0 else sample.at_s
-        total += sample.share(function) * max(0.0, until_s - max(0.0, start_s))
+        length_s = max(0.0, until_s - max(0.0, start_s))
+        for item in sample.instances:
+            if item.function == function:
+                name = item.instance
+                promised[name] = promised.get(name, 0.0) + item.gpu_share * length_s
+                since = max(0.0, item.used_s - last.get(name, 0.0))  # falls when a worker is replaced
+                used[name] = used.get(name, 0.0) + item.sm_pct / 100 * since
+                last[name] = item.used_s
+        if until_s - began_s >= CHARGED_OVER_S or index + 1 == len(samples):
+            total += sum(max(share, used[name]) for name, share in promised.items())
+            promised, used, began_s = {}, {}, until_s
     return total
 
 
@@ -148,8 +181,9 @@ def count_actions(decisions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def report_json(run: DemoRun) -> dict[str, Any]:
     """The content of report.json.
 
-    `device_seconds` is the integral of SM share times requested time over the run, `whole_device_seconds` what a
-    function would be charged that had a whole device to itself for as long: duration times one device.
+    `device_seconds` is the integral of SM share times the larger of requested and used time over the run (in stretches
+    of 5 s), `peak_share` the largest part of the device that it was allowed, `whole_device_seconds` what a function
+    would be charged that had a whole device to itself for as long: duration times one device.
     """
     return {
         "device": run.device,
@@ -167,7 +201,7 @@ def _function_json(run: DemoRun, function: FunctionRun) -> dict[str, Any]:
         "rate_factor": round(function.rate_factor, 4),
         "device_seconds": round(device_seconds(run.samples, function.name, run.duration_s), 3),
         "whole_device_seconds": round(run.duration_s, 3),
-        "peak_share": round(max((sample.share(function.name) for sample in run.samples), default=0.0), 4),
+        "peak_share": round(max((sample.allowed_share(function.name) for sample in run.samples), default=0.0), 4),
         "largest_difference": function.largest_difference,
         "actions": count_actions(function.decisions),
         "prediction": asdict(function.prediction) if function.prediction is not None else None,

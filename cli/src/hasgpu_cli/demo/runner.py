@@ -36,10 +36,13 @@ if TYPE_CHECKING:
 
 DEPLOY_WITHIN_S = 150.0
 TABLE_WITHIN_S = 15.0
-CALM_WITHIN_S = 20.0
-"""How long the shares are watched after the last request."""
+CALM_WITHIN_S = 150.0
+"""How long the shares are watched after the last request at most: until they have come down and an instance went. The
+policy waits for a minute of less load, and for half a minute that nobody needed a parked instance."""
 REQUEST_TIMEOUT_S = 30.0
 STATUS_PERIOD_S = 0.25
+SETTINGS = {"HASGPU_SCALER_RETIRE_S": "30"}
+"""Parked instances that nobody needs go after half a minute, not a quarter of an hour, so that it is seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ async def _start(
     from hasgpu_cli.status import fetch_cluster
 
     with _step(console, "starting brokers and services; computing reference answers in torch"):
-        supervisor = up.start(home, Stack(devices=options.devices))
+        supervisor = up.start(home, Stack(devices=options.devices, env=SETTINGS))
         folder = home.path / "references"
         folder.mkdir(exist_ok=True)
         async with asyncio.TaskGroup() as group:
@@ -249,11 +252,11 @@ async def _replay(
                         run_open_loop(replay, senders[name].send, began_s=began_s, on_outcome=watchers[name])
                     )
         replay_s = time.monotonic() - began_s
-        with _step(console, f"watching the shares come down, {CALM_WITHIN_S:.0f} s") as say:
-            until_s = time.monotonic() + CALM_WITHIN_S
-            while time.monotonic() < until_s:
+        with _step(console, f"watching the shares come down, at most {CALM_WITHIN_S:.0f} s") as say:
+            until_s, ended_unix_ns = time.monotonic() + CALM_WITHIN_S, time.time_ns()
+            while time.monotonic() < until_s and not tracker.shrank(ended_unix_ns):
                 await asyncio.sleep(STATUS_PERIOD_S)
-                say(", ".join(f"{plan.name} {100 * tracker.share(plan.name):.0f} % of the device" for plan in plans))
+                say(", ".join(f"{plan.name} up to {100 * tracker.share(plan.name):.0f} %" for plan in plans))
     await tracker.collect_decisions()
     return tracker, replays, replay_s
 

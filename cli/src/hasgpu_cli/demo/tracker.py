@@ -74,8 +74,19 @@ class Tracker:
         return [decision for _, decision in sorted(self._decisions[function].items(), key=lambda item: item[0])]
 
     def share(self, function: str) -> float:
-        """The function's newest share of a device."""
-        return self.samples[-1].share(function) if self.samples else 0.0
+        """The part of a device that the function is allowed now."""
+        return self.samples[-1].allowed_share(function) if self.samples else 0.0
+
+    def shrank(self, since_unix_ns: int) -> bool:
+        """Whether shares have come down and an instance went since a time."""
+        kinds = {
+            action["kind"]
+            for decisions in self._decisions.values()
+            for decision in decisions.values()
+            if decision["decided_unix_ns"] >= since_unix_ns
+            for action in decision["actions"]
+        }
+        return {"vertical_down", "horizontal_down"} <= kinds
 
     async def _loads(self) -> dict[str, LoadView]:
         newest = {name: await explain(self._target, name, limit=1, include_idle=True) for name in self._functions}
@@ -89,6 +100,8 @@ class Tracker:
                 instance["state"],
                 instance["allocation"]["sm_pct"],
                 instance["allocation"]["request_permille"],
+                instance["allocation"]["limit_permille"],
+                instance["device_time_ns"] / 1e9,
             )
             for function in found
             for instance in function["instances"]

@@ -55,6 +55,8 @@ class Sweep:
     measured: list[ProfileRow] = field(default_factory=list)
     """In this run."""
     total_count: int = field(init=False)
+    operators: node_agent_pb2.OperatorTable | None = None
+    """Of the function's model, or why there are none; None: not told."""
     _began_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +114,7 @@ class Sweep:
                 for batch, sm_pct, quota in self.order()
             ],
             in_order=True,
+            operators=True,
         )
         name = f"agent of {self.place.node}"
         async with Target(target.home, {name: self.place.address}).channel(name) as channel:
@@ -119,6 +122,8 @@ class Sweep:
             async for answer in stub.Profile(request, timeout=self.budget_s + PATIENCE_S):
                 if answer.WhichOneof("event") == "point":
                     self._take(answer.point)
+                elif answer.WhichOneof("event") == "operators":
+                    self.operators = answer.operators
                 else:
                     self._tell(answer.progress)
         self.file.settle(self.missing)
@@ -188,8 +193,10 @@ def make_header(place: Place, spec: common_pb2.FunctionSpec) -> ProfileHeader:
     )
 
 
-async def ingest(target: Target, place: Place, rows: list[ProfileRow]) -> int:
-    """Hands rows of one function to rapp; returns how many it took.
+async def ingest(
+    target: Target, place: Place, rows: list[ProfileRow], operators: node_agent_pb2.OperatorTable | None = None
+) -> int:
+    """Hands rows of one function, and what was told of its operators, to rapp; returns how many rows it took.
 
     Raises:
         HasgpuError: It is away or refuses them.
@@ -212,6 +219,7 @@ async def ingest(target: Target, place: Place, rows: list[ProfileRow]) -> int:
             )
             for row in rows
         ],
+        operators=operators,
     )
     async with target.channel("rapp") as channel:
         answer = await rapp_pb2_grpc.RappServiceStub(channel).Ingest(request, timeout=CALL_TIMEOUT_S)

@@ -173,6 +173,11 @@ class PlannedInstance:
     allocation: Allocation
     allocation_revision: int
     standby: bool = False
+    moving_from: str = ""
+    """It is to take over from the same instance on this node, which serves until it is READY; until then it is not told
+    of. "": it moves from no other node."""
+    moving_to: str = ""
+    """It serves until the same instance is READY on this node, and leaves this plan then. "": it moves nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +234,15 @@ def horizontal_subject(function: str) -> str:
 def plan_subject(node: str) -> str:
     """`plan.<node>`."""
     return f"plan.{node}"
+
+
+QUESTION_SUBJECT = "system.ask"
+"""Core NATS: who is there, and how are you? Every service answers to the subject that the question's nonce names."""
+
+
+def report_subject(nonce: str) -> str:
+    """`system.report.<nonce>`."""
+    return f"system.report.{nonce}"
 
 
 STATE_SUBJECTS = ("function.>", "plan.>", "instance.>", "node.>", "capacity.>", "scale.vertical.>")

@@ -44,6 +44,34 @@ class ModelFormat(Enum):
     TORCH_EXPORT = "torch-export"
 
 
+class SloClass(Enum):
+    """How much a function's objective counts when GPUs run out; `docs/scaling.md` has the order of who suffers."""
+
+    CRITICAL = "critical"
+    """Served first; takes room from the other two."""
+    STANDARD = "standard"
+    BEST_EFFORT = "best-effort"
+    """Served with what the others leave."""
+
+    @property
+    def rank(self) -> int:
+        """0 for those served first."""
+        return _SLO_CLASSES.index(self)
+
+
+_SLO_CLASSES = (SloClass.CRITICAL, SloClass.STANDARD, SloClass.BEST_EFFORT)
+
+
+def slo_class_of(text: str) -> SloClass:
+    """Returns the class of that name; empty: standard. Raises InvalidError, naming the classes."""
+    for one in _SLO_CLASSES:
+        if text == one.value:
+            return one
+    if text:
+        raise InvalidError("slo_class", expected=" or ".join(one.value for one in _SLO_CLASSES), got=repr(text))
+    return SloClass.STANDARD
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output of a function."""
@@ -115,6 +143,12 @@ class FunctionSpec:
     """Handed to a Python handler's load() as keyword arguments."""
     execution_timeout_ms: int = 30_000
     """Longest a batch may take on the device before its worker is taken for hung."""
+    advisory: bool = False
+    """The scaler decides and shows what it would do, and does nothing: shares and instances are set by hand."""
+    slo_class: SloClass = SloClass.STANDARD
+    """Who goes without when GPUs run out: the lower class."""
+    weight: int = 100
+    """Of functions of one class: those with less covered of their need, by weight, get room first."""
 
     @property
     def slo_s(self) -> float:
@@ -148,6 +182,7 @@ class FunctionSpec:
             ("memory_bytes", self.memory_bytes, MIB, 1 << 50),
             ("max_queue", self.max_queue, 1, 1_000_000),
             ("execution_timeout_ms", self.execution_timeout_ms, 1, 3_600_000),
+            ("weight", self.weight, 1, 10_000),
         ):
             if not low <= value <= high:
                 raise InvalidError(name, expected=f"{low}..{high}", got=str(value))

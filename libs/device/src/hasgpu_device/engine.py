@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hasgpu.events.v1 import events_pb2
 from hasgpu.node_agent.v1 import node_agent_pb2 as pb
@@ -29,6 +29,9 @@ from hasgpu_device.segments import Run, SegmentRunner
 from hasgpu_device.tensors import Array
 from hasgpu_device.worker_config import WorkerConfig
 
+if TYPE_CHECKING:
+    from hasgpu_device.operators import OperatorRow
+
 POLL_S = 0.02
 """How often a worker that loads its model looks whether its shares have changed."""
 IDLE_S = 0.25
@@ -38,6 +41,8 @@ WARM_UP_BUDGET_NS = 2_000_000_000
 """A largest batch that would take longer on the device is left out of the warm-up."""
 COLD_RUNS_FROM = 3
 """With so many repetitions of a measurement or more, the first is left out."""
+REASON_MAX_LENGTH = 500
+"""Of why a model has no operators."""
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +107,13 @@ class MeasureJob(Job):
 
     request: pb.MeasureRequest = field(default_factory=pb.MeasureRequest)
     answer: Callable[[pb.MeasureResponse | HasgpuError], None] = lambda _: None
+
+
+@dataclass(slots=True)
+class OperatorsJob(Job):
+    """Export the model's graph."""
+
+    answer: Callable[[pb.OperatorTable | HasgpuError], None] = lambda _: None
 
 
 class Engine:
@@ -192,8 +204,8 @@ class Engine:
             elif isinstance(job, BatchJob):
                 error = batches.item_error(pb.ERROR_KIND_HUNG, reason)
                 self._finish(job, pb.ExecuteResponse(results=batches.fail(None, error, len(job.request.items))))
-            elif isinstance(job, MeasureJob):
-                self._finish_measure(job, ModelError(reason))
+            elif isinstance(job, MeasureJob | OperatorsJob):
+                self._finish_other(job, ModelError(reason))
 
     def quiesce(self, timeout_s: float) -> bool:
         """Waits until the device has no more work of this process, which then may be ended; for any thread.
@@ -217,8 +229,8 @@ class Engine:
         for job in jobs:
             if job is not current:
                 self._refuse(job)
-        if isinstance(current, MeasureJob):
-            self._finish_measure(current, UnavailableError(reason))
+        if isinstance(current, MeasureJob | OperatorsJob):
+            self._finish_other(current, UnavailableError(reason))
         elif isinstance(current, BatchJob) and self._close(current):
             current.lose(reason)
 
@@ -227,8 +239,8 @@ class Engine:
         if isinstance(job, BatchJob):
             error = batches.item_error(pb.ERROR_KIND_DRAINING, text)
             self._finish(job, pb.ExecuteResponse(results=batches.fail(None, error, len(job.request.items))))
-        elif isinstance(job, MeasureJob):
-            self._finish_measure(job, UnavailableError(text))
+        elif isinstance(job, MeasureJob | OperatorsJob):
+            self._finish_other(job, UnavailableError(text))
 
     def _close(self, job: Job) -> bool:
         """Takes a job off the list; False when it was answered before."""
@@ -248,6 +260,10 @@ class Engine:
     def _finish_measure(self, job: MeasureJob, answer: pb.MeasureResponse | HasgpuError) -> None:
         if self._close(job):
             job.answer(answer)
+
+    def _finish_other(self, job: MeasureJob | OperatorsJob, error: HasgpuError) -> None:
+        if self._close(job):
+            job.answer(error)
 
     def _change(self, state: InstanceState, reason: str = "") -> None:
         self.state, self.reason = state, reason
@@ -338,6 +354,8 @@ class Engine:
                 self._execute(runner, model, job)
             elif isinstance(job, MeasureJob):
                 self._measure(runner, model, job)
+            elif isinstance(job, OperatorsJob):
+                self._list_operators(model, job)
             self._current = None
             if runner.lingers and self._queue.empty():
                 runner.withdraw()
@@ -452,6 +470,17 @@ class Engine:
             return
         self._finish_measure(job, summary(runs))
 
+    def _list_operators(self, model: models.Model, job: OperatorsJob) -> None:
+        """Exports the model; why that can't be done is part of the answer. The device is not held meanwhile."""
+        from hasgpu_device import extraction  # it takes torch, which an emulated device does without
+
+        try:
+            table = pb.OperatorTable(rows=[_operator(row) for row in extraction.extract(model, self._config)])
+        except HasgpuError as error:
+            table = pb.OperatorTable(reason=str(error)[:REASON_MAX_LENGTH])
+        if self._close(job):
+            job.answer(table)
+
 
 def summary(runs: Sequence[Run]) -> pb.MeasureResponse:
     """Returns what repetitions of one batch come to.
@@ -476,3 +505,15 @@ def _infer(model: models.Model, batch: dict[str, Array], rows: int) -> dict[str,
         return model.infer(batch, rows)
     except ModelError as error:
         return error
+
+
+def _operator(row: OperatorRow) -> pb.Operator:
+    return pb.Operator(
+        op=row.op,
+        flops=row.flops,
+        input_bytes=row.input_bytes,
+        weight_bytes=row.weight_bytes,
+        output_bytes=row.output_bytes,
+        groups=row.groups,
+        output_shape=row.output_shape,
+    )

@@ -73,6 +73,7 @@ class Model:
         boundaries_count: Layers before which a batch may be interrupted; -1: before every computation.
         note: What is to be known about it, for the worker's status.
         emulated: Its outputs are made up.
+        program: The `torch.export` program that it was loaded from; None: it is of another format.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Model:
         boundaries_count: int,
         note: str = "",
         emulated: bool = False,
+        program: Any = None,
     ) -> None:
         self._call = call
         self._outputs = tuple(outputs)
         self.boundaries_count = boundaries_count
         self.note = note
         self.emulated = emulated
+        self.program = program
 
     def infer(self, batch: dict[str, Array], rows: int) -> dict[str, Array]:
         """Runs a batch.
@@ -240,7 +243,7 @@ def _load_export(config: WorkerConfig, boundary: Callable[[], None], target: Tar
     program = torch.export.load(str(config.entry_path))
     graph_module = program.module()
     run = target.run_export(graph_module) if target is not None else cutting.interruptible(graph_module, boundary)
-    return Model(_positional(run, config), config.outputs, boundaries_count=-1)
+    return Model(_positional(run, config), config.outputs, boundaries_count=-1, program=program)
 
 
 def _positional(run: Callable[..., Any], config: WorkerConfig) -> Callable[[dict[str, Array]], object]:

@@ -1,14 +1,15 @@
 """Operators of a `torch.export` program, as rows for the latency predictor: FLOPs, bytes, groups, shapes at batch 1.
 
 The columns are those of the published operator tables: `op` is the aten operator without its overload; FLOPs are 2 a
-multiply-add for convolutions and matrix products, one an element of the output for the rest (max pooling: one a
-compared element); bytes count activations in, weights in and activations out, each once. The program is decomposed to
-core aten operators first, so that the same model gives the same rows whatever it was written with.
+multiply-add for convolutions and matrix products, one an element of the outputs for the rest; bytes count activations
+in, weights in and outputs, each once. The program is decomposed to core aten operators first, so that the same model
+gives the same rows whatever it was written with.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,17 +50,27 @@ def operators_of(program: Any) -> list[OperatorRow]:
         *core.graph_signature.inputs_to_buffers,
         *getattr(core.graph_signature, "inputs_to_lifted_tensor_constants", {}),
     }
-    rows = [_row(node, weights) for node in core.graph.nodes if node.op == "call_function" and _tensors(node)]
+    # Taking one of an operator's outputs is no operator.
+    nodes = [node for node in core.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+    rows = [_row(node, weights) for node in nodes if _tensors(node)]
     if not rows:
         raise InvalidError("program", expected="at least one operator on tensors", got="none")
     return rows
 
 
-def export_model(module: Any, example: Sequence[Any]) -> Any:
-    """Exports a module for inference; raises InvalidError, naming the cause, for one that can't be exported."""
+def export_model(module: Any, example: Sequence[Any], named: Mapping[str, Any] | None = None) -> Any:
+    """Exports a module for inference; raises InvalidError, naming the cause, for one that can't be exported.
+
+    Args:
+        module: A `torch.nn.Module`.
+        example: Its arguments, batch 1.
+        named: Its keyword arguments.
+    """
     try:
-        return torch.export.export(module.eval(), tuple(example))
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        return torch.export.export(module.eval(), tuple(example), dict(named or {}))
+    except (
+        RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError, AssertionError,
+    ) as error:  # fmt: skip
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidError("model", expected="one that torch.export can take", got=cause) from error
 
@@ -96,12 +107,12 @@ def _row(node: Any, weights: set[str]) -> OperatorRow:
             given += size
     groups = int(node.args[8]) if name == "convolution" else 1
     shape = tuple(_size(size) for size in output.shape)
-    return OperatorRow(name, _flops(name, node, shape), given, weight, _bytes(output), groups, shape)
+    written = sum(_bytes(value) for value in _tensors(node))
+    return OperatorRow(name, _flops(name, node, shape), given, weight, written, groups, shape)
 
 
 def _flops(name: str, node: Any, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
-    sources = [_tensors(source) for source in node.all_input_nodes]
     if name == "convolution":
         kernel = node.args[1].meta["val"].shape  # (out, in / groups, *taps); transposed: (in, out / groups, *taps)
         depth = math.prod(_size(size) for size in kernel[1:])
@@ -112,11 +123,7 @@ def _flops(name: str, node: Any, shape: tuple[int, ...]) -> int:
     if name in MATRIX:
         left = node.args[1] if name in ("addmm", "baddbmm") else node.args[0]
         return 2 * count * int(_size(left.meta["val"].shape[-1]))
-    if name.startswith("max_pool") or name.startswith("avg_pool"):
-        return count * int(math.prod(node.args[1]))
-    if name in ("mean", "sum", "amax", "_adaptive_avg_pool2d") and sources:
-        return int(math.prod(_size(size) for size in sources[0][0].shape))
-    return count
+    return sum(math.prod(_size(size) for size in value.shape) for value in _tensors(node))
 
 
 def _tensors(node: Any) -> list[Any]:

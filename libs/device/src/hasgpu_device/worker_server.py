@@ -16,7 +16,7 @@ from hasgpu_core.errors import HasgpuError, ModelError
 from hasgpu_core.resources import InstanceState
 
 from hasgpu_device.control import ControlBlock
-from hasgpu_device.engine import BatchJob, Engine, MeasureJob, Observer
+from hasgpu_device.engine import BatchJob, Engine, MeasureJob, Observer, OperatorsJob
 from hasgpu_device.status import EXIT_DEVICE_FAULT, EXIT_HUNG, EXIT_LOAD_FAILED, WorkerStatus
 from hasgpu_device.worker_config import WorkerConfig
 
@@ -287,3 +287,24 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
             await context.abort(grpc.StatusCode.INTERNAL if is_model else grpc.StatusCode.UNAVAILABLE, str(result))
             raise AssertionError("abort raises")
         return result
+
+    async def ListOperators(
+        self, request: pb.ListOperatorsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListOperatorsResponse:
+        """Exports the model's graph, between batches; a model that can't be exported is answered with the reason."""
+        answer: asyncio.Future[pb.OperatorTable | HasgpuError] = self._loop.create_future()
+
+        def deliver(result: pb.OperatorTable | HasgpuError) -> None:
+            if not answer.done():
+                answer.set_result(result)
+
+        job = OperatorsJob(answer=lambda result: self._soon(deliver, result))
+        self.engine.submit(job)
+        try:
+            result = await answer
+        finally:
+            job.cancelled = True
+        if isinstance(result, HasgpuError):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(result))
+            raise AssertionError("abort raises")
+        return pb.ListOperatorsResponse(table=result)

@@ -17,15 +17,24 @@ from hasgpu_predictor.model import (
     profile_axes,
     static_surface,
 )
-from hasgpu_predictor.operators import V100, DataSheet, Operator, Workload
+from hasgpu_predictor.operators import V100, DataSheet, Operator, Workload, data_sheet
 from hasgpu_predictor.physical import PhysicalModel, fit_physical, static_physical
 from hasgpu_predictor.probe_plan import Probe, plan_probes, probe_candidates
 from hasgpu_predictor.profile import Profile, ProfilePoint, load_profile, save_profile, workload_digest
 from hasgpu_predictor.surface import Axes, Surface, batch_axis, canonical_axes
 from hasgpu_predictor.transfer import Probes, Sample, TransferModel, TransferSettings, TransferView, train_transfer
+from hasgpu_predictor.unprofiled import (
+    PROBES_MAX,
+    FunctionTransfer,
+    Known,
+    TransferCard,
+    fit_transfer,
+    parse_operator,
+)
 
 __all__ = [
     "FEATURES",
+    "PROBES_MAX",
     "ROWS_MIN",
     "SPREAD_FACTOR",
     "V100",
@@ -33,8 +42,10 @@ __all__ = [
     "Correction",
     "DataSheet",
     "Factors",
+    "FunctionTransfer",
     "FunctionView",
     "Intervals",
+    "Known",
     "LatencyModel",
     "ModelCard",
     "ObservedBatch",
@@ -49,6 +60,7 @@ __all__ = [
     "SourceLevel",
     "Surface",
     "TrainingSettings",
+    "TransferCard",
     "TransferModel",
     "TransferSettings",
     "TransferView",
@@ -57,8 +69,11 @@ __all__ = [
     "canonical_axes",
     "capacity_table",
     "corrected",
+    "data_sheet",
     "fit_physical",
+    "fit_transfer",
     "load_profile",
+    "parse_operator",
     "plan_probes",
     "probe_candidates",
     "profile_axes",

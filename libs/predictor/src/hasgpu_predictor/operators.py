@@ -198,6 +198,29 @@ class DataSheet:
 
 V100 = DataSheet(15.7e12, 900e9, 80)
 """V100 PCIe/SXM2 16 GB, FP32 without tensor cores. Source: NVIDIA V100 data sheet."""
+_SHEETS: tuple[tuple[str, DataSheet], ...] = (
+    ("h200", DataSheet(66.9e12, 4.8e12, 132, 33.0)),
+    ("h100", DataSheet(66.9e12, 3.35e12, 132, 33.0)),
+    ("a100", DataSheet(19.5e12, 1.555e12, 108)),
+    ("v100", V100),
+    ("l40", DataSheet(91.6e12, 864e9, 142)),
+    ("l4", DataSheet(30.3e12, 300e9, 58)),
+    ("a10", DataSheet(31.2e12, 600e9, 72)),
+    ("t4", DataSheet(8.1e12, 320e9, 40)),
+)
+"""By what a device model's name contains; the first that fits. Sources: NVIDIA data sheets (SXM variants)."""
+CPU = DataSheet(100e9, 20e9, 100, 50.0)
+"""An ordinary pair of cores, shares in per cent; only proportions matter, as the columns are fitted to measurements."""
+
+
+def data_sheet(device_model: str, backend: str) -> DataSheet:
+    """Returns a device model's sheet, found by its name; of a GPU that is not known the V100's, for its proportions."""
+    if backend == "cpu":
+        return CPU
+    name = device_model.lower()
+    return next((sheet for key, sheet in _SHEETS if key in name), V100)
+
+
 _TILES = {"large": (128, 128), "medium": (128, 64), "small": (64, 32)}
 
 

@@ -48,6 +48,8 @@ PRIOR_FIXED_SHARE = 0.25
 PRIOR_WEIGHT = 0.05
 """Of a prior row against a measured one: decides only where the points say nothing (one batch size, one SM share)."""
 _EXPONENTS = np.arange(0.0, 1.2501, 0.05)
+_UNDISTURBED_QUANTILE = 0.2
+"""Of the latencies beyond device time: taken for that of a host that does nothing else."""
 _NEAR = 0.02
 """Squared octaves within which a measured neighbour counts as the place itself."""
 
@@ -155,10 +157,14 @@ def fit_physical(points: Sequence[ProfilePoint]) -> PhysicalModel:
 
 
 def _overhead_s(latency_s: Array, measured_s: Array, quota: Array) -> float:
-    """Median of latency beyond device time where the gate hardly waits; unmeasured: a twentieth of device time."""
+    """What latency has beyond device time where the gate hardly waits; unmeasured: a twentieth of device time.
+
+    A low quantile: work of others on the host only ever adds to it, at times a hundredfold, and so moves a median of
+    few points to where no batch is on a quiet host. (What it adds while the function serves is the correction's.)
+    """
     free = (measured_s > 0) & (quota >= 0.95)
     if free.any():
-        return float(max(0.0, np.median(latency_s[free] - measured_s[free])))
+        return float(max(0.0, np.quantile(latency_s[free] - measured_s[free], _UNDISTURBED_QUANTILE)))
     return float(0.05 * np.median(measured_s[measured_s > 0]))
 
 

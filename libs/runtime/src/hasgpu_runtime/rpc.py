@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from hasgpu_core.errors import HasgpuError, InvalidError, UnavailableError
 
 from hasgpu_runtime.rpc_errors import STATUS, from_rpc_error, status_of, trailing_metadata
-from hasgpu_runtime.telemetry import TRACEPARENT, Telemetry
+from hasgpu_runtime.telemetry import Telemetry
 
 __all__ = ["MAX_MESSAGE_BYTES", "STATUS", "Server", "create_server", "from_rpc_error", "open_channel", "status_of"]
 
@@ -183,10 +183,17 @@ def _wrap_unary(behavior: Any, method: str, telemetry: Telemetry | None) -> Call
     if telemetry is None:
         return plain
 
+    from hasgpu_runtime.rpc_tracing import ServerMethod
+
+    traces = ServerMethod(telemetry, method)
+
     async def traced(request: Any, context: _Context) -> Any:
         try:
-            with telemetry.span("rpc.server", parent=_parent(context), attributes={"rpc.method": method}):
-                return await behavior(request, context)
+            with traces.span(context) as span:
+                if not span.recording:
+                    return await behavior(request, context)
+                with traces.outcome(span, context):
+                    return await behavior(request, context)
         except Exception as error:  # noqa: BLE001  as above
             await _abort(context, method, error)
 
@@ -209,10 +216,14 @@ def _wrap_stream(behavior: Any, method: str, telemetry: Telemetry | None) -> Cal
     if telemetry is None:
         return plain
 
+    from hasgpu_runtime.rpc_tracing import ServerMethod
+
+    traces = ServerMethod(telemetry, method)
+
     async def traced(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
             async with aclosing(behavior(request, context)) as responses:
-                with telemetry.span("rpc.server", parent=_parent(context), attributes={"rpc.method": method}):
+                with traces.span(context) as span, traces.outcome(span, context):
                     async for response in responses:
                         yield response
         except Exception as error:  # noqa: BLE001  as above
@@ -233,13 +244,6 @@ async def _abort(context: _Context, method: str, error: Exception) -> NoReturn:
     await context.abort(
         grpc.StatusCode.INTERNAL, f"{method} failed: {type(error).__name__}; the server's log says more"
     )
-
-
-def _parent(context: _Context) -> str | None:
-    for key, value in context.invocation_metadata() or ():
-        if key == TRACEPARENT:
-            return str(value)
-    return None
 
 
 def open_channel(
@@ -265,7 +269,7 @@ def open_channel(
     if telemetry is not None and telemetry.enabled:
         from hasgpu_runtime.rpc_tracing import client_interceptors
 
-        interceptors = client_interceptors(telemetry)
+        interceptors = client_interceptors(telemetry, address)
     return grpc.aio.insecure_channel(
         address,
         options=(

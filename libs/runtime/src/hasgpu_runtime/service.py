@@ -19,7 +19,12 @@ from hasgpu_core.ports import Bus, Clock, ObjectStore, Store
 
 from hasgpu_runtime import logs, telemetry
 from hasgpu_runtime.bus.nats import NatsBus
+from hasgpu_runtime.bus.traced import TracedBus
 from hasgpu_runtime.clock import SystemClock
+from hasgpu_runtime.diagnosis import Look, Reporter
+from hasgpu_runtime.metric_catalogue import SPANS_DROPPED
+from hasgpu_runtime.metrics import Metrics
+from hasgpu_runtime.metrics_export import Exporters
 from hasgpu_runtime.rpc import MAX_MESSAGE_BYTES, Server, create_server
 from hasgpu_runtime.settings import DEFAULT_LISTEN, CommonSettings, environment, load_common
 from hasgpu_runtime.store.redis import RedisStore
@@ -48,10 +53,13 @@ class Service(Generic[_S]):
     common: CommonSettings
     clock: Clock
     telemetry: Telemetry
+    metrics: Metrics
     bus: Bus
     objects: ObjectStore
     stop: asyncio.Event
     """Set when the process was told to end; the body then winds up and returns."""
+    stream_looks: tuple[Look, ...]
+    """How the streams are; for the service that tells of the whole system."""
     group: asyncio.TaskGroup
     """For the service's tasks; those still running when the body returns are cancelled, and one that fails ends it."""
     _store: Store | None
@@ -69,7 +77,8 @@ class Service(Generic[_S]):
 
     def advertised(self, server: Server) -> str:
         """Returns the host:port that others dial."""
-        return self.common.advertise or server.address
+        host, _, port = (self.common.advertise or server.address).rpartition(":")
+        return f"{host}:{port if port != '0' else server.address.rpartition(':')[2]}"
 
 
 def run_service(
@@ -79,6 +88,7 @@ def run_service(
     *,
     listen: str = DEFAULT_LISTEN,
     needs_store: bool = True,
+    describe: Callable[[_S], Mapping[str, str]] | None = None,
 ) -> NoReturn:
     """Runs a service until it is told to stop, and ends the process.
 
@@ -91,6 +101,7 @@ def run_service(
         body: The service; it returns after `Service.stop` is set, or fails.
         listen: Its default address.
         needs_store: False for a service that keeps nothing in Redis, and need not wait for it.
+        describe: Returns what its settings say of the process, as attributes of the traces' resource; None: nothing.
     """
     try:
         environ = environment()
@@ -100,10 +111,24 @@ def run_service(
         sys.stderr.write(f"hasgpu-{name}: configuration: {error}\n")
         sys.exit(EXIT_CONFIGURATION)
     instance = f"{socket.gethostname()}-{os.getpid()}"
-    traces = telemetry.setup(name, environ=environ, instance=instance)
-    logs.set_up(name, level=common.log_level, style=common.log_format, traceparent=traces.traceparent)
+    metrics = Metrics()
+    logs.set_up(
+        name,
+        level=common.log_level,
+        style=common.log_format,
+        traceparent=telemetry.current_traceparent,
+        instance=instance,
+        metrics=metrics,
+    )
+    attributes = describe(settings) if describe is not None else None
+    traces = telemetry.setup(name, environ=environ, instance=instance, attributes=attributes)
+    if traces.enabled:
+        metrics.collect_with(lambda sink: sink.put(SPANS_DROPPED, traces.dropped_count))
+    exporters = Exporters(
+        metrics, service=name, instance=instance, environ=environ, listen=common.listen, port=common.metrics_port
+    )
     try:
-        status = _outcome(name, _run(name, instance, common, settings, traces, body, needs_store))
+        status = _outcome(name, _run(name, instance, common, settings, traces, exporters, body, needs_store))
     finally:
         traces.shutdown()
     sys.exit(status)
@@ -130,12 +155,14 @@ async def _run(
     common: CommonSettings,
     settings: _S,
     traces: Telemetry,
+    exporters: Exporters,
     body: Callable[[Service[_S]], Awaitable[None]],
     needs_store: bool,
 ) -> None:
     clock = SystemClock()
+    started_unix_ns = clock.unix_ns()
     stop = _stop_on_signals()
-    async with _brokers(name, common, clock, stop, needs_store) as brokers:
+    async with exporters.running(clock.unix_ns), _brokers(name, common, clock, stop, needs_store) as brokers:
         if brokers is None:
             return
         bus, store = brokers
@@ -147,12 +174,16 @@ async def _run(
                 common=common,
                 clock=clock,
                 telemetry=traces,
-                bus=bus,
+                metrics=exporters.metrics,
+                bus=TracedBus(bus, traces) if traces.enabled else bus,
                 objects=bus,
                 stop=stop,
+                stream_looks=bus.stream_looks,
                 group=group,
                 _store=store,
             )
+            reporter = Reporter(name, instance, clock, started_unix_ns, bus.looks + (store.looks if store else ()))
+            group.create_task(reporter.answer(bus), name="reports")
             running = group.create_task(_await(body(service)), name=name)
             watching = group.create_task(_bound_stop(clock, stop, running), name="stop")
             await asyncio.wait((running,))
@@ -192,7 +223,7 @@ class _Group(asyncio.TaskGroup):
 @asynccontextmanager
 async def _brokers(
     name: str, common: CommonSettings, clock: Clock, stop: asyncio.Event, needs_store: bool
-) -> AsyncIterator[tuple[NatsBus, Store | None] | None]:
+) -> AsyncIterator[tuple[NatsBus, RedisStore | None] | None]:
     """Connects; None when the process was told to stop before that had worked."""
     connecting = NatsBus.connect(common.nats_url, name=name, clock=clock)
     bus = await _unless_stopped(stop, connecting.__aenter__())

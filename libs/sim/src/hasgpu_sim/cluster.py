@@ -8,7 +8,7 @@ from functools import partial
 
 from hasgpu_core.events import DesiredInstance, DeviceEvent, InstanceEvent, NodeEvent
 from hasgpu_core.observe import NODE_LOST_AFTER_S
-from hasgpu_core.policy.placement import Placement, place
+from hasgpu_core.policy.placement import Placement, Ties, place
 from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, Allocation, DeviceState, InstanceState, Row
 
 from hasgpu_sim.event_queue import EventQueue
@@ -79,6 +79,7 @@ class Cluster:
         self._states: dict[tuple[str, str], DeviceState] = {}
         self._desired: dict[str, tuple[int, tuple[DesiredInstance, ...]]] = {}
         self._unplaced: set[str] = set()
+        self._warm: dict[str, set[str]] = {name: set() for name in self._loads}
         self._meters = {name: _Meter() for name in self._loads}
         self._lost: set[str] = set()
         self.gpus_peak = 0
@@ -206,7 +207,7 @@ class Cluster:
         for want in desired:
             if want.instance in self._instances:
                 continue
-            outcome = place(want.allocation, self._device_states())
+            outcome = place(want.allocation, self._device_states(), self._ties(function))
             if not isinstance(outcome, Placement):
                 self._unplaced.add(function)
                 continue
@@ -225,6 +226,14 @@ class Cluster:
                 self._events.after(start_s, partial(self._ready, instance))
             else:
                 self._ready(instance)
+
+    def _ties(self, function: str) -> Ties:
+        """Where the function's other instances are, and where it has been: its weights stay on the node."""
+        others: dict[str, int] = {}
+        for instance in self._of_function[function].values():
+            others[instance.node] = others.get(instance.node, 0) + 1
+        self._warm[function].update(others)
+        return Ties(others, frozenset(self._warm[function]))
 
     def _ready(self, instance: _Instance) -> None:
         if self._instances.get(instance.name) is not instance or instance.state is InstanceState.DRAINING:

@@ -8,17 +8,10 @@ from dataclasses import asdict, dataclass, replace
 
 from hasgpu_core.errors import InvalidError, NotFoundError
 from hasgpu_core.function import MIB, FunctionSpec
-from hasgpu_core.policy.hasgpu import HasGpuPolicy
-from hasgpu_core.policy.hybrid import HybridPolicy, HybridSettings
-from hasgpu_core.policy.rivals import (
-    FastGSharePolicy,
-    FastGShareSettings,
-    KServePolicy,
-    ReleasedPolicy,
-    StaticPeakPolicy,
-)
+from hasgpu_core.policy.choice import LIVE_POLICIES, make_live_policy
+from hasgpu_core.policy.rivals import StaticPeakPolicy
 from hasgpu_core.policy.rivals.clairvoyant import borrowed_bound, reserved_bound
-from hasgpu_core.policy.scaling import ScalingPolicy, ScalingSettings
+from hasgpu_core.policy.scaling import ScalingPolicy
 from hasgpu_core.resources import DeviceInfo
 
 from hasgpu_sim.physics import Physics
@@ -118,17 +111,12 @@ def devices(settings: Settings, surface: Surface) -> tuple[DeviceInfo, ...]:
 
 def make_policy(name: str, settings: Settings, peaks_rps: Mapping[str, float] | None = None) -> ScalingPolicy:
     """Returns a policy by its name, tuned as the figures have it. Raises NotFoundError, with the names there are."""
-    makers: dict[str, Callable[[], ScalingPolicy]] = {
-        "hybrid": lambda: HybridPolicy(HybridSettings(lend=settings.lend or settings.physics is Physics.DEVICE_TIME)),
-        "hasgpu": lambda: HasGpuPolicy(ScalingSettings()),
-        "hasgpu-released": ReleasedPolicy,
-        "fastgshare": lambda: FastGSharePolicy(FastGShareSettings(lend=settings.lend)),
-        "kserve": KServePolicy,
-        "static-peak": lambda: StaticPeakPolicy(peaks_rps or {}),
-    }
-    if name not in makers:
+    if name == "static-peak":
+        return StaticPeakPolicy(peaks_rps or {})
+    if name not in LIVE_POLICIES:
         raise NotFoundError("policy", name, f"there are {', '.join(POLICIES)}")
-    return makers[name]()
+    device_lends = name == "hybrid" and settings.physics is Physics.DEVICE_TIME
+    return make_live_policy(name, lend=settings.lend or device_lends)
 
 
 def function_load(

@@ -14,6 +14,7 @@ from hasgpu_core.errors import QueueFullError
 from hasgpu_core.events import DemandEvent
 from hasgpu_core.policy.admission import admit
 from hasgpu_core.policy.batching import EdfQueue, Waiting
+from hasgpu_core.resources import WHOLE_PERMILLE
 
 from hasgpu_sim.event_queue import EventQueue
 from hasgpu_sim.lending import Lender, Run
@@ -156,6 +157,8 @@ class FunctionGateway:
         self.late_count = 0
         self.latencies_s = array("d")
         self.waits_s = array("d")
+        self.violated_s = array("d")
+        """Arrival times of requests answered late, refused or lost, as that became known."""
 
     @property
     def in_flight_count(self) -> int:
@@ -192,12 +195,14 @@ class FunctionGateway:
         )
         if refusal is not None:
             self.refused_count += 1
+            self.violated_s.append(now_s)
             return
         item = Waiting(Request(now_s, self._rows), self._rows, None, now_s + self._slo_s, deadline_s, self._sequence)
         try:
             self._queue.push(item)
         except QueueFullError:
             self.refused_count += 1
+            self.violated_s.append(now_s)
             return
         self.dispatch()
         if len(self._queue):
@@ -213,7 +218,8 @@ class FunctionGateway:
     def reshare(self, route: Route) -> None:
         """A route's share is new."""
         # Where idle time is lent, a batch is expected to get it: the live gateway learns the same from its answers.
-        quota_permille = route.limit_permille if self._lender else route.quota_permille
+        lent = self._lender is not None or (self._physics is Physics.DEVICE_TIME and route.surface is not None)
+        quota_permille = route.limit_permille if lent else route.quota_permille
         route.latencies_s = self._cache.of(route.table, route.sm_pct, quota_permille)
         if self._lender is not None and route.run is not None:
             self._lender.reshare(route.row, route.run, route.quota_permille, route.limit_permille)
@@ -266,7 +272,9 @@ class FunctionGateway:
         if not len(self._queue):
             return
         now_s, max_rows = self._events.now_s, self._spec.max_batch
-        self.expired_count += len(self._queue.expired(now_s))
+        for waiting in self._queue.expired(now_s):
+            self.expired_count += 1
+            self.violated_s.append(waiting.request.arrived_s)
         while len(self._queue):
             routes, queued_rows = self._open, self._queue.rows
             free = [route for route in routes if self._has_credit(route, queued_rows)]
@@ -386,12 +394,14 @@ class FunctionGateway:
         if self._physics is Physics.TABLE or route.surface is None:
             source = route.surface or route.table
             return self._cache.of(source, route.sm_pct, route.quota_permille)[rows]
+        # The gate lends what is idle to all who want it, in turn: of a row with n busy instances each gets about 1 / n.
+        part_permille = WHOLE_PERMILLE // max(1, self._rows_busy[route.row])
         took_s, borrowed_s = route.gate.run(
             now_s,
-            self._cache.of(route.surface, route.sm_pct, 1000)[rows],
+            self._cache.of(route.surface, route.sm_pct, WHOLE_PERMILLE)[rows],
             request_permille=route.quota_permille,
-            limit_permille=route.limit_permille,
-            alone=self._rows_busy[route.row] == 1,
+            limit_permille=max(route.quota_permille, min(route.limit_permille, part_permille)),
+            alone=True,
         )
         if borrowed_s > 0:
             self._hooks.borrowed(self._spec.name, borrowed_s * route.sm_pct / 100)
@@ -408,7 +418,9 @@ class FunctionGateway:
             latency_s = now_s - request.arrived_s
             self.latencies_s.append(latency_s)
             self.waits_s.append(request.started_s - request.arrived_s)
-            self.late_count += latency_s > slo_s
+            if latency_s > slo_s:
+                self.late_count += 1
+                self.violated_s.append(request.arrived_s)
             self._recent.append((now_s, latency_s))
         if len(self._recent) > _KEPT_RECENT:
             while self._recent[0][0] < now_s - self._window_s:

@@ -6,8 +6,9 @@ lent: a share has its request and no more.
 `device-time`: the batch needs the device time of the profile at quota 100, and the gate gives it out as the live one
 does: an instance's bucket fills at its request's rate up to one window's worth; while it has tokens the batch runs, and
 after that at the rate of the request. While no other instance of the row is busy it may run on up to its limit, out of
-a second bucket that fills at the limit's rate; what it uses beyond its request is charged as borrowed. Between segments
-of at most 5 ms the real gate overshoots by less than one; here device time is a fluid.
+a second bucket that fills at the limit's rate; while n are busy each gets an n-th part of the row, if that is less.
+What it uses beyond its request is charged as borrowed. Between segments of at most 5 ms the real gate overshoots by
+less than one; here device time is a fluid.
 """
 
 from __future__ import annotations

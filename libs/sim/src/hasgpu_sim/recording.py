@@ -1,97 +1,79 @@
-"""A load as the scaler saw it, with the decisions made: to be fed to another shell of the same policy."""
+"""A load as the scaler saw it, with the decisions made, fed to another shell of the same policy.
+
+The values and the file's lines are those of `hasgpu_core.recording`, which the live scaler writes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+import gzip
+import io
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
 
 from hasgpu_core.capacity import CapacityTable
-from hasgpu_core.events import DemandEvent, DesiredInstance, DeviceEvent, FunctionEvent, InstanceEvent, NodeEvent
+from hasgpu_core.errors import InvalidError
+from hasgpu_core.events import DemandEvent, DeviceEvent, FunctionEvent, InstanceEvent, NodeEvent
 from hasgpu_core.observe import ClusterObserver
 from hasgpu_core.policy.scaling import Decision, PolicyState, ScalingPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceGone:
-    """The subject of an instance was deleted."""
-
-    function: str
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class InitialDesired:
-    """What was desired of a function before the first decision, as a scaler finds it in its store."""
-
-    function: str
-    instances: tuple[DesiredInstance, ...]
-    next_ordinal: int
-    held: bool
-
-
-RecordedEvent = (
-    FunctionEvent
-    | DemandEvent
-    | InstanceEvent
-    | InstanceGone
-    | DeviceEvent
-    | NodeEvent
-    | CapacityTable
-    | InitialDesired
+from hasgpu_core.recording import (
+    FunctionGone,
+    InitialDesired,
+    InstanceGone,
+    NodeGone,
+    RecordedEvent,
+    RecordedInput,
+    RecordedLoad,
+    RecordedTick,
+    TableGone,
+    lines_of,
+    parse,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class RecordedInput:
-    """An event and when it came in."""
-
-    at_s: float
-    event: RecordedEvent
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedTick:
-    """A pass of the loop: what it decided from all inputs before it."""
-
-    at_s: float
-    decisions: tuple[Decision, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedLoad:
-    """Inputs and ticks in their order.
-
-    To replay: go through `entries`; set the clock to each one's time; hand inputs over; at a tick let the loop make
-    one pass and compare its decisions. The decisions' desired sets become the desired state, as in any live loop.
-    """
-
-    entries: tuple[RecordedInput | RecordedTick, ...]
-
-    @property
-    def ticks(self) -> Iterator[RecordedTick]:
-        """The passes alone."""
-        return (entry for entry in self.entries if isinstance(entry, RecordedTick))
+__all__ = [
+    "FunctionGone",
+    "InitialDesired",
+    "InstanceGone",
+    "Loop",
+    "NodeGone",
+    "RecordedEvent",
+    "RecordedInput",
+    "RecordedLoad",
+    "RecordedTick",
+    "TableGone",
+    "apply",
+    "read_recording",
+    "replay",
+    "write_recording",
+]
 
 
 def apply(observer: ClusterObserver, event: RecordedEvent, now_s: float) -> None:
     """Hands a recorded event to an observer."""
-    if isinstance(event, FunctionEvent):
-        observer.apply_function(event)
-    elif isinstance(event, DemandEvent):
-        observer.apply_demand(event, now_s)
-    elif isinstance(event, InstanceEvent):
-        observer.apply_instance(event)
-    elif isinstance(event, InstanceGone):
-        observer.remove_instance(event.function, event.instance)
-    elif isinstance(event, DeviceEvent):
-        observer.apply_device(event, now_s)
-    elif isinstance(event, NodeEvent):
-        observer.apply_node(event, now_s)
-    elif isinstance(event, CapacityTable):
-        observer.apply_table(event)
-    else:
-        observer.set_desired(event.function, event.instances, event.next_ordinal)
-        observer.set_held(event.function, event.held)
+    match event:
+        case FunctionEvent():
+            observer.apply_function(event)
+        case FunctionGone(function):
+            observer.remove_function(function)
+        case DemandEvent():
+            observer.apply_demand(event, now_s)
+        case InstanceEvent():
+            observer.apply_instance(event)
+        case InstanceGone(function, instance):
+            observer.remove_instance(function, instance)
+        case DeviceEvent():
+            observer.apply_device(event, now_s)
+        case NodeEvent():
+            observer.apply_node(event, now_s)
+        case NodeGone(node):
+            observer.remove_node(node)
+        case CapacityTable():
+            observer.apply_table(event)
+        case TableGone(function, device_model):
+            observer.remove_table(function, device_model)
+        case InitialDesired():
+            observer.set_desired(event.function, event.instances, event.next_ordinal)
+            observer.set_held(event.function, event.held)
 
 
 class Loop:
@@ -124,3 +106,37 @@ def replay(load: RecordedLoad, policy: ScalingPolicy) -> tuple[RecordedTick, ...
         else:
             ticks.append(RecordedTick(entry.at_s, loop.tick(entry.at_s)))
     return tuple(ticks)
+
+
+def read_recording(path: Path) -> RecordedLoad:
+    """Reads a recording's file, plain or gzipped (also of several members, the last one cut off).
+
+    Raises InvalidError when it can't be read or is none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidError(f"recording {path}", expected="a file", got=str(error.strerror or error)) from error
+    return read_recording_bytes(data, f"recording {path}")
+
+
+def read_recording_bytes(data: bytes, source: str = "recording") -> RecordedLoad:
+    """As `read_recording`, of a file's content."""
+    if data[:2] != b"\x1f\x8b":
+        return parse(io.StringIO(data.decode("utf-8", errors="replace")), source)
+    text = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while chunk := file.read(1 << 20):
+                text += chunk
+    except (EOFError, OSError) as error:
+        if not text:
+            raise InvalidError(source, expected="gzipped lines", got=str(error)) from error
+    return parse(io.StringIO(text.decode("utf-8", errors="replace")), source)
+
+
+def write_recording(load: RecordedLoad, path: Path, policy: str = "") -> None:
+    """Writes a recording's file; gzipped where the name ends in .gz."""
+    text = "\n".join(lines_of(load, policy)) + "\n"
+    data = text.encode()
+    path.write_bytes(gzip.compress(data, 6) if path.suffix == ".gz" else data)

@@ -109,6 +109,8 @@ class FunctionResult:
     gpu_seconds: float
     """Integral of SM share times request over its instances, from binding to the end of each, and what was borrowed."""
     actions: Mapping[ActionKind, int]
+    violated_s: Sequence[float] = ()
+    """Times of arrival of those answered late, refused or lost, counted from the end of the lead, ascending."""
 
     @property
     def met_count(self) -> int:

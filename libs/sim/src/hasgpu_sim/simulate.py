@@ -251,6 +251,7 @@ class _World:
             slo_s=load.spec.slo_s,
             gpu_seconds=self._cluster.gpu_seconds(name) - self._lead_gpu_seconds.get(name, 0.0),
             actions={kind: self._actions[name][kind] for kind in ActionKind},
+            violated_s=array("d", sorted(at_s - self._scenario.lead_s for at_s in gateway.violated_s)),
         )
 
 

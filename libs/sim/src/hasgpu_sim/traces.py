@@ -2,10 +2,12 @@
 
 | columns | what it is |
 |---|---|
-| `t_s`, ... | one request a line (Azure LLM 2023, Mooncake) |
+| `t_s`, ... | one request a line (Azure LLM 2023) |
+| `t_s`, `input_tokens`, ... | the same in batches of about 3 s (Mooncake): each is spread until the next one |
 | `set`, `source_index`, `rps` | HAS-GPU's replays: stages of 5 s, several sets in a file |
 | `count` | counts a second of one service (NASA) |
 | `fn`, `c0`, `c1`, ... (`app`, `trigger` or not) | counts a minute, a function a line (Azure Functions, excerpts) |
+| `fn`, `c0`, ..., `c1439`, without `app` and `trigger` | the same, summed over 14 days: divided by 14 |
 | `HashOwner`, `HashApp`, `HashFunction`, `Trigger`, `1`, `2`, ... | the public Azure Functions 2019 file |
 
 Counts say nothing of arrivals inside a bin; the process does (even or Poisson), and is told with every result. Inside a
@@ -16,10 +18,13 @@ count), except for HAS-GPU's stages, which are rates: there a Poisson process dr
 from __future__ import annotations
 
 import csv
+import difflib
 import gzip
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -29,6 +34,10 @@ from hasgpu_sim.arrivals import Process, RateStep, arrival_times_s
 
 STAGE_S = 5.0
 MINUTE_S = 60.0
+DAYS_SUMMED = 14
+DAY_MINUTES = 1_440
+MOST_SPREAD_S = 3.0
+"""A batch of a trace whose times are those of batches is spread over the time until the next, at most this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,10 @@ class Trace:
     duration_s: float
     arrivals_s: Mapping[str, Sequence[float]]
     """By function, ascending, from 0 on, below `duration_s`."""
+    notes: tuple[str, ...] = ()
+    """What was done with the file's numbers beyond reading them."""
+    timed: bool = False
+    """The file has single times: no process was needed to place requests inside bins."""
 
     @property
     def requests_count(self) -> int:
@@ -48,7 +61,7 @@ class Trace:
     def first(self, seconds: float) -> Trace:
         """Returns its first part."""
         kept = {name: array("d", (t for t in times if t < seconds)) for name, times in self.arrivals_s.items()}
-        return Trace(self.name, min(seconds, self.duration_s), kept)
+        return replace(self, duration_s=min(seconds, self.duration_s), arrivals_s=kept)
 
 
 def load_trace(
@@ -58,7 +71,8 @@ def load_trace(
 
     Args:
         path: A CSV file, plain or gzipped.
-        part: Of a file with several sets (HAS-GPU's replays): which; empty: the first.
+        part: Of a file with several sets (HAS-GPU's replays): which, empty: the first. Of one with several functions:
+            one of them, empty: all.
         process: How arrivals lie inside a bin.
         rate_scale: Rates and counts are multiplied by it; a trace of single times runs faster by it.
         seed: Of what is drawn.
@@ -70,18 +84,21 @@ def load_trace(
     if not 0 < rate_scale < 1e6:
         raise InvalidError("rate_scale", expected="more than 0", got=str(rate_scale))
     rng = Random(seed)  # noqa: S311  a simulation is reproduced from its seed
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        reader = _reader(header)
-        if reader is None:
-            raise InvalidError(
-                f"trace {path}",
-                expected="columns t_s, or set and rps, or count, or fn and c0 ..., or HashFunction and 1 ...",
-                got=", ".join(header[:6]) or "nothing",
-            )
-        name = path.name.split(".")[0] + (f":{part}" if part else "")
-        return reader(_Source(path, header, rows), name, part, process, rate_scale, rng)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            rows = csv.reader(file)
+            header = [title.strip() for title in next(rows, [])]
+            reader = _reader(header)
+            if reader is None:
+                raise InvalidError(
+                    f"trace {path}",
+                    expected="columns t_s, or set and rps, or count, or fn and c0 ..., or HashFunction and 1 ...",
+                    got=", ".join(header[:6]) or "nothing",
+                )
+            name = path.name.split(".")[0] + (f":{part}" if part else "")
+            return reader(_Source(path, header, rows), name, part, process, rate_scale, rng)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidError(f"trace {path}", expected="a CSV file, plain or gzipped", got=str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,25 +151,63 @@ def _read_times(source: _Source, name: str, part: str, process: Process, scale: 
     times = sorted(source.number(line, "t_s", row[at]) for line, row in source.lines())
     if not times:
         raise InvalidError(f"trace {source.path}", expected="at least one request", got="none")
+    notes: tuple[str, ...] = ()
+    batched = "input_tokens" in source.header
+    if batched:
+        times = _spread(times, process, rng)
+        notes = (
+            f"requests with one time are spread ({process.value}) until the next time, {MOST_SPREAD_S:g} s at most",
+        )
     arrivals = array("d", ((t - times[0]) / scale for t in times))
-    return Trace(name, arrivals[-1] + 1.0, {"f": arrivals})
+    return Trace(name, arrivals[-1] + 1.0, {"f": arrivals}, notes, timed=not batched)
+
+
+def _spread(times: Sequence[float], process: Process, rng: Random) -> list[float]:
+    """Spreads requests that came at one time over the time until the next one."""
+    distinct = sorted(set(times))
+    counts = Counter(times)
+    out: list[float] = []
+    for at_s, next_s in pairwise([*distinct, distinct[-1] + MOST_SPREAD_S]):
+        count, length_s = counts[at_s], min(MOST_SPREAD_S, next_s - at_s)
+        if process is Process.EVEN:
+            out += [at_s + i * length_s / count for i in range(count)]
+        else:
+            out += sorted(at_s + rng.random() * length_s for _ in range(count))
+    return out
 
 
 def _read_stages(source: _Source, name: str, part: str, process: Process, scale: float, rng: Random) -> Trace:
     columns = source.header
     stages: dict[str, list[float]] = {}
+    before: dict[str, int] = {}
     for line, row in source.lines():
         which = row[columns.index("set")] if "set" in columns else ""
+        if "source_index" in columns:
+            index = int(source.number(line, "source_index", row[columns.index("source_index")], whole=True))
+            if before.setdefault(which, index - 1) + 1 != index:
+                raise InvalidError(
+                    f"trace {source.path}, line {line}, column source_index",
+                    expected=f"{before[which] + 1}, the stage after the one before",
+                    got=f"{index}: a gap",
+                )
+            before[which] = index
         stages.setdefault(which, []).append(source.number(line, "rps", row[columns.index("rps")]))
     if part and part not in stages:
         raise NotFoundError("trace part", part, f"the file has {', '.join(sorted(stages))}")
+    if not stages:
+        raise InvalidError(f"trace {source.path}", expected="at least one stage", got="none")
     rates = stages[part] if part else next(iter(stages.values()))
     steps = [RateStep(STAGE_S, rate * scale) for rate in rates]
-    return Trace(name, STAGE_S * len(rates), {"f": array("d", arrival_times_s(steps, process, rng))})
+    chosen = part or next(iter(stages))
+    others = [which for which in stages if which != chosen]
+    notes = (f"set {chosen}; FILE:SET takes another: {', '.join(others)}",) if others and not part else ()
+    return Trace(name, STAGE_S * len(rates), {"f": array("d", arrival_times_s(steps, process, rng))}, notes)
 
 
 def _read_counts(source: _Source, name: str, part: str, process: Process, scale: float, rng: Random) -> Trace:
     counts = [source.number(line, "count", row[0], whole=True) for line, row in source.lines()]
+    if not counts:
+        raise InvalidError(f"trace {source.path}", expected="at least one count", got="none")
     return Trace(name, float(len(counts)), {"f": times_of_counts(counts, 1.0, process, rng, scale=scale)})
 
 
@@ -165,6 +220,10 @@ def _read_functions(source: _Source, name: str, part: str, process: Process, sca
     numbers = [minute for _, minute in minutes]
     if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise InvalidError(f"trace {source.path}", expected="a column for each minute in a row", got="a gap")
+    notes: tuple[str, ...] = ()
+    if "fn" in columns and "app" not in columns and "trigger" not in columns and len(minutes) == DAY_MINUTES:
+        scale /= DAYS_SUMMED
+        notes = (f"each count is the sum of {DAYS_SUMMED} days: divided by {DAYS_SUMMED}",)
     arrivals: dict[str, Sequence[float]] = {}
     for line, row in source.lines():
         counts = [source.number(line, columns[i], row[i], whole=True) for i, _ in minutes]
@@ -172,7 +231,16 @@ def _read_functions(source: _Source, name: str, part: str, process: Process, sca
         if function in arrivals:
             function = f"{function}-{line}"
         arrivals[function] = times_of_counts(counts, MINUTE_S, process, rng, scale=scale)
-    return Trace(name, MINUTE_S * len(minutes), arrivals)
+    if part and part not in arrivals:
+        raise NotFoundError("function of the trace", part, f"nearest: {', '.join(_nearest(part, arrivals))}")
+    if part:
+        arrivals = {part: arrivals[part]}
+    return Trace(name, MINUTE_S * len(minutes), arrivals, notes)
+
+
+def _nearest(name: str, known: Iterable[str]) -> Sequence[str]:
+    known = sorted(known)
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.0) or known[:3]
 
 
 def times_of_counts(

@@ -12,7 +12,15 @@ from hasgpu_gateway.settings import DEFAULT_LISTEN, GatewaySettings, load
 async def run(service: Service[GatewaySettings]) -> None:
     """Serves until the process is told to stop."""
     keep_freed_memory()
-    world = World(service.bus, service.objects, service.store, service.clock, service.telemetry)
+    world = World(
+        bus=service.bus,
+        objects=service.objects,
+        store=service.store,
+        clock=service.clock,
+        telemetry=service.telemetry,
+        metrics=service.metrics,
+        looks=service.stream_looks,
+    )
     server = service.create_server(max_message_bytes=service.settings.max_message_bytes)
     gateway = Gateway(service.settings, world, server=server, group=service.group)
     await gateway.start()

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 
 from hasgpu.gateway.v1.gateway_pb2_grpc import add_FunctionServiceServicer_to_server
 from hasgpu.inference.v2.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from hasgpu.system.v1.system_pb2_grpc import add_SystemServiceServicer_to_server
 from hasgpu_core.ports import Bus, Clock, ObjectStore, Store
+from hasgpu_runtime.diagnosis import Look
 from hasgpu_runtime.loop import ReconcileLoop
+from hasgpu_runtime.metrics import Metrics
 from hasgpu_runtime.rpc import Server, open_channel
 from hasgpu_runtime.telemetry import Telemetry
 
@@ -24,6 +27,7 @@ from hasgpu_gateway.lanes import Lanes
 from hasgpu_gateway.publisher import DemandPublisher, PublisherSettings
 from hasgpu_gateway.registry import Registry
 from hasgpu_gateway.settings import GatewaySettings
+from hasgpu_gateway.system_server import SystemServer
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,9 @@ class World:
     store: Store
     clock: Clock
     telemetry: Telemetry = field(default_factory=Telemetry)
+    metrics: Metrics = field(default_factory=Metrics)
+    looks: tuple[Look, ...] = ()
+    """What it looks at when it is asked how the installation is."""
 
 
 class Gateway:
@@ -66,6 +73,7 @@ class Gateway:
             group=group,
             open_channel=functools.partial(open_channel, max_message_bytes=UNBOUNDED_BYTES),
             telemetry=world.telemetry,
+            metrics=world.metrics,
             lane_settings=LaneSettings(max_batches_in_flight=settings.max_batches_in_flight),
             link_settings=LinkSettings(),
         )
@@ -90,7 +98,8 @@ class Gateway:
         self._functions = FunctionServer(
             self.registry, self.directory, self.lanes, world.clock, max_artifact_bytes=settings.max_artifact_bytes
         )
-        self._reconciling = ReconcileLoop(world.clock, RECONCILE_PERIOD_S, name="functions")
+        self._system = SystemServer(world.bus, world.clock, world.looks)
+        self._reconciling = ReconcileLoop(world.clock, RECONCILE_PERIOD_S, name="functions", metrics=world.metrics)
         self._known = asyncio.Event()
 
     @property
@@ -102,6 +111,7 @@ class Gateway:
         """Serves; health says SERVING as soon as the functions and their routes are known."""
         add_GRPCInferenceServiceServicer_to_server(self._inference, self._server)
         add_FunctionServiceServicer_to_server(self._functions, self._server)
+        add_SystemServiceServicer_to_server(self._system, self._server)
         self.directory.on_caught_up(self._caught_up)
         await self._server.start()
         for name, work in (

@@ -24,6 +24,8 @@ class DemandMeter:
         self.ok_count = 0
         self.failed_count = 0
         """Took a place in line and got no answer: errors, timeouts, callers that went away."""
+        self.expired_count = 0
+        """Those of the failed whose time was up."""
         self.refused_count = 0
         """Turned away at once."""
         self.late_count = 0
@@ -33,6 +35,11 @@ class DemandMeter:
         """Counts a valid request, before it is known whether it is taken."""
         self.arrived_count += 1
         self.arrived_items_count += items_count
+
+    def failed(self, *, expired: bool) -> None:
+        """Counts a request that took a place in line and got no answer."""
+        self.failed_count += 1
+        self.expired_count += expired
 
     def answered(self, now_s: float, latency_s: float, *, slo_s: float) -> None:
         """Counts an answer."""

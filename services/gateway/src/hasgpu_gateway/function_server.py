@@ -32,6 +32,7 @@ UPDATABLE = (
     "max_instances",
     "standby",
     "max_queue",
+    "advisory",
 )
 
 

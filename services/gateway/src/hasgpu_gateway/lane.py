@@ -18,12 +18,14 @@ from hasgpu_core.events import DemandEvent, FunctionEvent, InstanceEvent
 from hasgpu_core.policy.admission import admit
 from hasgpu_core.policy.batching import EdfQueue, Waiting
 from hasgpu_core.ports import Clock
+from hasgpu_runtime.logs import about
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_gateway.calls import Answer, BatchAnswer, Failure, FailureKind, InferCall
 from hasgpu_gateway.deadlines import Deadlines
 from hasgpu_gateway.demand import DemandMeter
 from hasgpu_gateway.errors import InstanceLostError
+from hasgpu_gateway.metering import LaneMetrics
 from hasgpu_gateway.pending import Pending
 from hasgpu_gateway.protocol import Signature
 from hasgpu_gateway.routes import Batch, BatchOrder, Link, Route
@@ -35,6 +37,8 @@ _CODE_FIELDS = ("format", "artifact", "entry", "inputs", "outputs", "parameters"
 """What of a spec makes a worker another worker."""
 
 
+EXPIRED_SLACK_S = 0.05
+"""A call cancelled this shortly before its deadline ran out of time: gRPC ends it by a clock of its own."""
 GONE_GRACE_S = 2.0
 """A worker drains before its instance is taken back, so little can still come from one that is no longer announced."""
 
@@ -61,6 +65,7 @@ class Lane:
         clock: Clock,
         settings: LaneSettings,
         telemetry: Telemetry,
+        metrics: LaneMetrics,
         open_link: Callable[[Lane, Route], Link],
         on_starved: Callable[[str], None],
     ) -> None:
@@ -70,6 +75,7 @@ class Lane:
         self._clock = clock
         self._settings = settings
         self._telemetry = telemetry
+        self._metrics = metrics
         self._open_link = open_link
         self._on_starved = on_starved
         self._code_revision = 0
@@ -96,6 +102,20 @@ class Lane:
     def queued_count(self) -> int:
         """Requests in line."""
         return len(self._queue)
+
+    @property
+    def queued_items_count(self) -> int:
+        """Their items."""
+        return self._queue.rows
+
+    def oldest_wait_s(self, now_s: float) -> float:
+        """Returns for how long the oldest request in line has waited; 0: none waits."""
+        return now_s - min(self._waiting_since.values(), default=now_s)
+
+    @property
+    def open_routes_count(self) -> int:
+        """Instances that batches may be sent to now."""
+        return len(self._open_routes())
 
     @property
     def in_flight_count(self) -> int:
@@ -206,27 +226,27 @@ class Lane:
             answer = await pending.future
         except (asyncio.CancelledError, HasgpuError):
             self._withdraw(pending)
-            self.meter.failed_count += 1
+            self.meter.failed(expired=self._clock.now_s() >= pending.deadline_s - EXPIRED_SLACK_S)
             raise
         finally:
             self._deadlines.drop(pending)
         now_s = self._clock.now_s()
         self.meter.answered(now_s, now_s - pending.arrived_s, slo_s=spec.slo_s)
+        self._metrics.answered(now_s - pending.arrived_s, slo_s=spec.slo_s)
         return answer
 
     def demand(self, *, gateway: str, epoch: str) -> DemandEvent:
         """Returns the report of now."""
         now_s = self._clock.now_s()
-        oldest_s = min(self._waiting_since.values(), default=now_s)
         return self.meter.event(
             gateway=gateway,
             epoch=epoch,
             now_s=now_s,
             observed_unix_ns=self._clock.unix_ns(),
             queued_count=self.queued_count,
-            queued_items_count=self._queue.rows,
+            queued_items_count=self.queued_items_count,
             in_flight_count=self.in_flight_count,
-            oldest_wait_s=now_s - oldest_s,
+            oldest_wait_s=self.oldest_wait_s(now_s),
         )
 
     # Ending
@@ -244,6 +264,7 @@ class Lane:
         """Closes every stream; what is still at a worker fails."""
         for route in self._routes.values():
             for batch in route.take_all():
+                batch.trace.ended(None)
                 for pending in batch.order.items:
                     pending.settle(self._closed or UnavailableError("the gateway stops"))
             self._close_link(route)
@@ -269,9 +290,16 @@ class Lane:
         """A batch came back."""
         batch = route.returned(answer, self._clock.now_s())
         if batch is None:
-            log.warning("instance %s answered batch %d, which it was not sent", route.event.instance, answer.batch)
+            log.warning(
+                "instance %s answered batch %d, which it was not sent",
+                route.event.instance,
+                answer.batch,
+                extra=about(function=self.name, instance=route.event.instance),
+            )
             return
         batch.trace.ended(answer)
+        took_s = (answer.gate_wait_ns + answer.execute_ns) / 1e9
+        self._metrics.batch(batch.rows, took_s=took_s, predicted_s=batch.predicted_s)
         items = batch.order.items
         if len(answer.items) != len(items):
             error = ModelError(
@@ -377,7 +405,10 @@ class Lane:
             self._dequeued(pending)
         rows = sum(pending.call.rows for pending in items)
         self._batch += 1
-        trace = trace_batch(self._telemetry, [p.trace for p in items], instance=route.event.instance, rows=rows)
+        predicted_s = route.latency_s(rows) or 0.0
+        trace = trace_batch(
+            self._telemetry, [p.trace for p in items], instance=route.event, rows=rows, predicted_s=predicted_s
+        )
         latest_s = max(pending.deadline_s for pending in items)
         order = BatchOrder(
             batch=self._batch,
@@ -385,7 +416,7 @@ class Lane:
             deadline_unix_ns=self._clock.unix_ns() + round((latest_s - now_s) * 1e9),
             traceparent=trace.traceparent,
         )
-        route.sent(Batch(order, rows, now_s, route.latency_s(rows) or 0.0, trace), now_s)
+        route.sent(Batch(order, rows, now_s, predicted_s, trace), now_s)
         self._idle.clear()
         assert route.link is not None
         route.link.send(order)
@@ -415,7 +446,13 @@ class Lane:
         route.up = False
         lost = route.take_all()
         if lost:
-            log.warning("instance %s: stream lost with %d batches: %s", route.event.instance, len(lost), reason)
+            log.warning(
+                "instance %s: stream lost with %d batches: %s",
+                route.event.instance,
+                len(lost),
+                reason,
+                extra=about(function=self.name, instance=route.event.instance),
+            )
         for batch in lost:
             batch.trace.ended(None)
             for pending in batch.order.items:

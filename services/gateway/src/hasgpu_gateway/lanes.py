@@ -11,6 +11,7 @@ import grpc.aio
 from hasgpu_core.errors import UnavailableError
 from hasgpu_core.events import FunctionEvent
 from hasgpu_core.ports import Clock
+from hasgpu_runtime.metrics import Metrics
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_gateway.adapters.worker_link import LinkSettings, WorkerLink
@@ -18,6 +19,7 @@ from hasgpu_gateway.calls import BatchAnswer
 from hasgpu_gateway.directory import Directory
 from hasgpu_gateway.errors import UnknownModelError
 from hasgpu_gateway.lane import Lane, LaneSettings
+from hasgpu_gateway.metering import LaneMetrics, watch_lanes
 from hasgpu_gateway.routes import Link, Route
 
 
@@ -49,6 +51,7 @@ class Lanes:
         group: asyncio.TaskGroup,
         open_channel: Callable[[str], grpc.aio.Channel],
         telemetry: Telemetry,
+        metrics: Metrics,
         lane_settings: LaneSettings,
         link_settings: LinkSettings,
     ) -> None:
@@ -57,6 +60,7 @@ class Lanes:
         self._group = group
         self._open_channel = open_channel
         self._telemetry = telemetry
+        self._metrics = metrics
         self._lane_settings = lane_settings
         self._link_settings = link_settings
         self._lanes: dict[str, Lane] = {}
@@ -64,6 +68,7 @@ class Lanes:
         self._stopping = False
         self.on_starved: Callable[[str], None] = lambda _: None
         """Called when a request waits at a function without a ready instance."""
+        watch_lanes(metrics, self.all, clock.now_s)
         directory.listen(self._changed)
         for name in directory.functions:
             self._changed(name)
@@ -105,6 +110,7 @@ class Lanes:
         if event is None:
             if lane is not None:
                 del self._lanes[name]
+                self._metrics.forget("function", name)
                 lane.close(UnknownModelError(name))
                 self._closing.add(lane)
                 self._group.create_task(self._finish(lane), name=f"finish {name}")
@@ -129,6 +135,7 @@ class Lanes:
             clock=self._clock,
             settings=self._lane_settings,
             telemetry=self._telemetry,
+            metrics=LaneMetrics(self._metrics, event.spec.name),
             open_link=self._open_link,
             on_starved=self._starved,
         )

@@ -24,11 +24,13 @@ from hasgpu_core.ports import Bus, CaughtUp, Clock, StateChange
 from hasgpu_core.resources import InstanceState
 from hasgpu_device.backends.cuda.fault_policy import FaultLimits
 from hasgpu_runtime.loop import ReconcileLoop
+from hasgpu_runtime.metrics import Metrics, Sink
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import decode_function, decode_instance, decode_plan, decode_vertical, encode
 
 from hasgpu_node_agent.gpu_watch import GpuWatch
 from hasgpu_node_agent.instance import Instance, Worker
+from hasgpu_node_agent.metering import FunctionMeters, MeteredShares, collect_device, collect_instance
 from hasgpu_node_agent.meters import AllocationMeter, BusyMeter
 from hasgpu_node_agent.ports import Artifacts, Gauges, Gpu, Launcher, WorkerClient, WorkerProcess
 from hasgpu_node_agent.profiling import Profiler
@@ -76,6 +78,8 @@ class NodeAgent:
         client: WorkerClient,
         gpus: Mapping[str, Gpu],
         gauges: Gauges,
+        metrics: Metrics,
+        gpu_price_per_hour: float,
         spawn: Callable[[Coroutine[object, object, None]], object],
     ) -> None:
         self._node = node
@@ -87,8 +91,8 @@ class NodeAgent:
         self._launcher = launcher
         self._artifacts = artifacts
         self._client = client
-        self._loop = ReconcileLoop(clock, PASS_PERIOD_S, name="reconcile")
-        self._publisher = BusPublisher(bus, node, self._event, self._published, self._planned)
+        self._loop = ReconcileLoop(clock, PASS_PERIOD_S, name="node-agent", metrics=metrics)
+        self._publisher = BusPublisher(bus, node, self._event, self._published, self._speaks)
         self._gauges = gauges
         self.watch = GpuWatch(
             gpus, gauges, guard=guard, clock=clock, spawn=spawn, changed=self._device_changed, limits=FaultLimits()
@@ -101,7 +105,7 @@ class NodeAgent:
             artifacts=artifacts,
             client=client,
             publisher=self._publisher,
-            shares=ShareApplier(guard, self.traces, clock.now_s),
+            shares=ShareApplier(guard, MeteredShares(self.traces, metrics, node, clock), clock.now_s),
             sites=self.watch,
             clock=clock,
             spawn=spawn,
@@ -118,6 +122,9 @@ class NodeAgent:
         )
         self._spawn = spawn
         self._meters = {d.gpu: (AllocationMeter(clock.now_s()), BusyMeter(clock.now_s())) for d in guard.devices}
+        self._function_meters = FunctionMeters(clock.now_s())
+        self._gpu_price_per_hour = gpu_price_per_hour
+        metrics.collect_with(self._collect)
         self._device_events: dict[str, DeviceEvent] = {}
         self.caught_up = asyncio.Event()
         """Set once all that was said before has been heard."""
@@ -137,8 +144,7 @@ class NodeAgent:
 
     def instance_events(self) -> Sequence[InstanceEvent]:
         """Returns all instances, by id."""
-        found = (self._event(instance) for instance in sorted(self._reconciler.instances))
-        return [event for event, _ in filter(None, found)]
+        return [self._describe(found) for _, found in sorted(self._reconciler.instances.items())]
 
     def device_events(self) -> Sequence[DeviceEvent]:
         """Returns all devices, as last sent."""
@@ -160,21 +166,30 @@ class NodeAgent:
 
     def _event(self, instance: str) -> tuple[InstanceEvent, Mapping[str, str]] | None:
         found = self._reconciler.instances.get(instance)
-        if found is None:
-            return None
-        gpu = found.planned.gpu if found.planned else ""
+        return (self._describe(found), self.traces.headers(instance)) if found is not None else None
+
+    def _describe(self, instance: Instance) -> InstanceEvent:
+        gpu = instance.planned.gpu if instance.planned else ""
         models = {d.gpu: d.model for d in self._guard.devices}
-        event = found.event(
+        return instance.event(
             node=self._node,
             device_model=models.get(gpu, ""),
             plan_revision=self._reconciler.plan_revision,
             unix_ns=self._clock.unix_ns(),
         )
-        return event, self.traces.headers(instance)
 
-    def _planned(self, instance: str) -> bool:
+    def _speaks(self, instance: str) -> bool:
+        """Whether this node has the say on an instance: it is planned here, and not in a move to another node.
+
+        Of an instance that comes from another node the old node tells until the new worker is ready; of one that goes
+        to another, the new node tells as soon as its worker is.
+        """
         found = self._reconciler.instances.get(instance)
-        return found is not None and found.planned is not None
+        planned = found.planned if found is not None else None
+        if found is None or planned is None or planned.moving_to:
+            return False
+        is_ready = found.current is not None and found.current.state is InstanceState.READY
+        return is_ready or not planned.moving_from
 
     def _published(self, event: InstanceEvent) -> None:
         found = self._reconciler.instances.get(event.instance)
@@ -310,6 +325,7 @@ class NodeAgent:
     async def _pass(self) -> None:
         awaited = self._reconciler.reconcile()
         self._accrue()
+        self.traces.starts(self._reconciler.instances.values())
         self.traces.settle_plan(self._reconciler.settled)
         self._prune()
         until_s = self._clock.now_s() + CONFIRM_TIMEOUT_S
@@ -410,23 +426,33 @@ class NodeAgent:
     def _accrue(self) -> None:
         for gpu, (allocation, _) in self._meters.items():
             allocation.accrue(self._guard.gpu_share(gpu), self._clock.now_s())
+        instances = self._reconciler.instances
+        self._function_meters.accrue(
+            (
+                (instances[key.instance].function, reservation.gpu, reservation.gpu_share)
+                for key, reservation in self._guard.reservations()
+                if key.instance in instances
+            ),
+            self._clock.now_s(),
+        )
 
     def _measure_device(self, gpu: str) -> DeviceEvent:
         self._accrue()
         allocation, busy = self._meters[gpu]
         workers = [
-            (w.key, w.newest_lease.width_pct, w.process.counters().device_time_ns)
+            (i.function, w.key, w.newest_lease.width_pct, w.process.counters().device_time_ns)
             for i in self._reconciler.instances.values()
             for w in (*i.workers(), *i.leaving)
             if w.device.gpu == gpu and w.process.exit_reason is None
         ]
+        self._function_meters.use(gpu, workers)
         state = self._guard.state(gpu)
         reading = self._gauges.latest(state.info.uuid) if state.info.uuid else None
         return DeviceEvent(
             device=state.info,
             rows=state.rows,
             memory_used_bytes=state.memory_used_bytes,
-            busy_permille=busy.take(workers, self._clock.now_s()),
+            busy_permille=busy.take((worker[1:] for worker in workers), self._clock.now_s()),
             observed_unix_ns=self._clock.unix_ns(),
             allocated_gpu_ns=allocation.gpu_ns,
             measured_memory_bytes=reading.memory_used_bytes if reading is not None else None,
@@ -435,6 +461,19 @@ class NodeAgent:
             temperature_c=reading.temperature_c if reading is not None else None,
             sm_clock_mhz=reading.sm_clock_mhz if reading is not None else None,
         )
+
+    def _collect(self, sink: Sink) -> None:
+        """Puts the node's metrics."""
+        self._accrue()
+        running = {worker.key for i in self._reconciler.instances.values() for worker in (*i.workers(), *i.leaving)}
+        self._function_meters.keep_only(
+            lambda function: self._reconciler.function(function) is not None, lambda key: key in running
+        )
+        self._function_meters.collect(sink, self._node, self._gpu_price_per_hour)
+        for instance in self.instance_events():
+            collect_instance(sink, instance)
+        for device in self._device_events.values():
+            collect_device(sink, device)
 
 
 async def run_until_one_fails(coroutines: Iterable[Coroutine[object, object, None]]) -> None:

@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 from hasgpu.node_agent.v1 import node_agent_pb2_grpc
 from hasgpu_core.ports import Bus, Clock, ObjectStore
+from hasgpu_runtime.layout import claim_folder
+from hasgpu_runtime.metrics import Metrics
 from hasgpu_runtime.rpc import create_server
 from hasgpu_runtime.service import Service
 from hasgpu_runtime.settings import environment
@@ -18,6 +21,7 @@ from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_node_agent.adapters.artifacts import ArtifactCache
 from hasgpu_node_agent.adapters.folders import NodeFolders
 from hasgpu_node_agent.adapters.launcher import ProcessLauncher
+from hasgpu_node_agent.adapters.node_names import claimed_name
 from hasgpu_node_agent.adapters.workers import GrpcWorkerClient
 from hasgpu_node_agent.agent import NodeAgent
 from hasgpu_node_agent.hardware import Hardware, find_hardware
@@ -41,6 +45,7 @@ class Node:
         store: Artifacts.
         clock: Time.
         telemetry: Spans.
+        metrics: Metrics.
         spawn: Starts work in the background that outlasts a call.
 
     Raises:
@@ -59,6 +64,7 @@ class Node:
         store: ObjectStore,
         clock: Clock,
         telemetry: Telemetry,
+        metrics: Metrics,
         spawn: Callable[[Coroutine[object, object, None]], object],
     ) -> None:
         self.settings = settings
@@ -92,6 +98,8 @@ class Node:
             client=self._client,
             gpus=hardware.gpus,
             gauges=hardware.gauges,
+            metrics=metrics,
+            gpu_price_per_hour=settings.gpu_price_per_hour,
             spawn=spawn,
         )
         servicer = NodeAgentServicer(
@@ -135,10 +143,17 @@ class Node:
 
 async def serve(service: Service[AgentSettings]) -> None:
     """The body of the service: runs a node until the process is told to stop."""
-    folders = NodeFolders(service.settings.state_dir / service.settings.node)
-    hardware = await asyncio.to_thread(find_hardware, service.settings, folders, environment(), service.clock.now_s)
+    state_dir = service.settings.state_dir
+    claim_folder(state_dir)
+    with claimed_name(state_dir, service.settings.node) as name:
+        await _serve(service, replace(service.settings, node=name))
+
+
+async def _serve(service: Service[AgentSettings], settings: AgentSettings) -> None:
+    folders = NodeFolders(settings.state_dir / settings.node)
+    hardware = await asyncio.to_thread(find_hardware, settings, folders, environment(), service.clock.now_s)
     node = Node(
-        service.settings,
+        settings,
         folders=folders,
         hardware=hardware,
         listen=service.common.listen,
@@ -147,6 +162,7 @@ async def serve(service: Service[AgentSettings]) -> None:
         store=service.objects,
         clock=service.clock,
         telemetry=service.telemetry,
+        metrics=service.metrics,
         spawn=service.group.create_task,
     )
     running = service.group.create_task(node.run(), name="node")
@@ -154,7 +170,7 @@ async def serve(service: Service[AgentSettings]) -> None:
         await service.stop.wait()
         await node.stop()
         await end_task(running)
-        if service.settings.stop_workers_on_exit:
+        if settings.stop_workers_on_exit:
             await node.agent.leave()
     finally:
         await node.close()

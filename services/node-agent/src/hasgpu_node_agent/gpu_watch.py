@@ -29,6 +29,7 @@ from hasgpu_device.backends.cuda.fault_policy import (
 from hasgpu_device.backends.cuda.mps import MpsHealth, MpsState
 from hasgpu_device.backends.cuda.nvml import Health
 from hasgpu_device.errors import MpsError
+from hasgpu_runtime.logs import about
 
 from hasgpu_node_agent.adapters.side_thread import SideThread
 from hasgpu_node_agent.instance import Instance, Worker
@@ -141,7 +142,13 @@ class GpuWatch:
         try:
             await watched.thread.run(lambda: watched.gpu.prepare(row, width_pct))
         except MpsError as error:
-            log.warning("%s: an SM partition of %d %% can't be made: %s", watched.gpu.info.gpu, width_pct, error)
+            log.warning(
+                "%s: an SM partition of %d %% can't be made: %s",
+                watched.gpu.info.gpu,
+                width_pct,
+                error,
+                extra=about(gpu=watched.gpu.info.gpu),
+            )
             reason = f"an SM partition of {width_pct} % can't be made on {watched.gpu.info.gpu}: {error}"
             watched.unprepared[row, width_pct] = reason, self._clock.now_s()
         finally:
@@ -160,7 +167,7 @@ class GpuWatch:
             await watched.thread.run(lambda: watched.gpu.start_daemon(START_TIMEOUT_S))
             health = await watched.thread.run(watched.gpu.look)
         except MpsError as error:
-            log.error("the MPS daemon of %s can't be started: %s", name, error)
+            log.error("the MPS daemon of %s can't be started: %s", name, error, extra=about(gpu=name))
             self._hold(watched, Hindrance(f"the MPS daemon of {name} can't be started: {error}"))
         else:
             self._note_state(watched, health)
@@ -208,7 +215,7 @@ class GpuWatch:
         decision = decide(seen, self._limits)
         now_s = self._clock.now_s()
         if decision.reason and any(a.kind is not ActionKind.START_WORKER for a in decision.actions):
-            log.warning("%s: %s", name, decision.reason)
+            log.warning("%s: %s", name, decision.reason, extra=about(gpu=name))
         stops = any(a.kind in (ActionKind.DRAIN, ActionKind.KILL) for a in decision.actions)
         if decision.is_unhealthy or watched.state not in SERVING or stops:
             self._hold(watched, Hindrance(_told(name, decision), is_failure=decision.is_unhealthy))
@@ -320,7 +327,7 @@ class GpuWatch:
             elif kind is ActionKind.START_DAEMON:
                 await watched.thread.run(lambda: watched.gpu.start_daemon(timeout_s))
         except MpsError as error:
-            log.error("%s of %s: %s", kind, name, error)
+            log.error("%s of %s: %s", kind, name, error, extra=about(gpu=name))
         if kind is ActionKind.START_WORKER:
             for action in actions:
                 reconciler.resume(action.instance)
@@ -332,7 +339,7 @@ class GpuWatch:
                 await reconciler.retirer.drain(instance, worker, timeout_s)
                 await reconciler.retirer.ask(worker, timeout_s)
         except TimeoutError:
-            log.warning("%s did not drain within %.0f s", instance.instance, timeout_s)
+            log.warning("%s did not drain within %.0f s", instance.instance, timeout_s, extra=instance.about)
 
     async def _kill(self, reconciler: Reconciler, instance: Instance, worker: Worker) -> None:
         if _is_running(worker):
@@ -344,7 +351,13 @@ class GpuWatch:
         try:
             await watched.thread.run(lambda: watched.gpu.terminate_client(pid, timeout_s))
         except MpsError as error:
-            log.warning("client %d of %s can't be terminated: %s", pid, watched.gpu.info.gpu, error)
+            log.warning(
+                "client %d of %s can't be terminated: %s",
+                pid,
+                watched.gpu.info.gpu,
+                error,
+                extra=about(gpu=watched.gpu.info.gpu),
+            )
 
 
 def _is_running(worker: Worker) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hasgpu_core.events import BatchObservation, InstanceEvent, PlannedInstance, VerticalScaleEvent
 from hasgpu_core.resources import Allocation, DeviceInfo, InstanceState
+from hasgpu_runtime.logs import about
 
 from hasgpu_node_agent.backoff import Backoff
 from hasgpu_node_agent.plan import ShareTarget
@@ -131,6 +132,11 @@ class Instance:
             yield self.current
         if self.successor is not None:
             yield self.successor
+
+    @property
+    def about(self) -> dict[str, dict[str, str]]:
+        """What a log record about it has beside its message."""
+        return about(function=self.function, instance=self.instance)
 
     @property
     def shown(self) -> Worker | None:

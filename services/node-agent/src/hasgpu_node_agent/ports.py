@@ -186,6 +186,28 @@ class Measurement:
     """Made, the first included."""
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorRow:
+    """One operator of a model's graph at batch 1; as `hasgpu_predictor.operators.Operator`."""
+
+    op: str
+    flops: int
+    input_bytes: int
+    weight_bytes: int
+    output_bytes: int
+    groups: int
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTable:
+    """A model's operators in order of execution."""
+
+    rows: tuple[OperatorRow, ...] = ()
+    reason: str = ""
+    """Why there are none."""
+
+
 class WorkerClient(Protocol):
     """Calls a worker's service. Raises HasgpuError."""
 
@@ -199,6 +221,10 @@ class WorkerClient(Protocol):
 
     async def measure(self, address: str, *, batch: int, repetitions_count: int, budget_s: float) -> Measurement:
         """Runs random inputs back to back under the share in force."""
+        ...
+
+    async def list_operators(self, address: str, timeout_s: float) -> OperatorTable:
+        """Exports the model's graph."""
         ...
 
     async def forget(self, address: str) -> None:

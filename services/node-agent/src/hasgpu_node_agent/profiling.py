@@ -29,7 +29,15 @@ from hasgpu_device.control import DEFAULT_WINDOW_NS
 
 from hasgpu_node_agent.errors import ProfileError
 from hasgpu_node_agent.places import alone
-from hasgpu_node_agent.ports import Artifacts, Launcher, LaunchRequest, Measurement, WorkerClient, WorkerProcess
+from hasgpu_node_agent.ports import (
+    Artifacts,
+    Launcher,
+    LaunchRequest,
+    Measurement,
+    OperatorTable,
+    WorkerClient,
+    WorkerProcess,
+)
 from hasgpu_node_agent.row_guard import RowGuard, WorkerKey
 from hasgpu_node_agent.shares import changes_sms_live
 
@@ -47,6 +55,8 @@ FULL_QUOTA_SHARE = 0.7
 IN_ORDER_SHARE = 1 / 16
 """Part of the budget that one point may take when the order names what comes first."""
 LOAD_TIMEOUT_S = 300.0
+OPERATORS_TIMEOUT_S = 120.0
+"""For exporting the model's graph; what is measured does not depend on it."""
 STATUS_PERIOD_S = 0.05
 APPLY_PERIOD_S = 0.002
 APPLY_TIMEOUT_S = 2.0
@@ -73,6 +83,9 @@ class Point:
     measurement: Measurement
 
 
+Item = Point | OperatorTable | str
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileOrder:
     """What to measure; empty sequences stand for the defaults."""
@@ -87,6 +100,8 @@ class ProfileOrder:
     """If any, exactly these; the three above are empty then."""
     in_order: bool = False
     """They are measured in the order given."""
+    operators: bool = False
+    """The model's operators are wanted too."""
 
     def validate(self) -> None:
         """Raises InvalidError, naming the field, the bound and what came."""
@@ -226,8 +241,10 @@ class Profiler:
         """Returns the digests that the runs under way need."""
         return frozenset(order.spec.artifact.sha256 for order in self._orders)
 
-    async def run(self, order: ProfileOrder) -> AsyncGenerator[Point | str, None]:
-        """Yields points and, in words, how far it is; the worker is gone when it ends, in whatever way.
+    async def run(self, order: ProfileOrder) -> AsyncGenerator[Item, None]:
+        """Yields points, operators before them if they are wanted and, in words, how far it is.
+
+        The worker is gone when it ends, in whatever way.
 
         Raises:
             InvalidError, NotFoundError: what was ordered can't be.
@@ -248,7 +265,7 @@ class Profiler:
 
     async def _run(
         self, order: ProfileOrder, device: DeviceInfo, whole: Sequence[Configuration], smaller: Sequence[Configuration]
-    ) -> AsyncGenerator[Point | str, None]:
+    ) -> AsyncGenerator[Item, None]:
         lock = self._locks[order.gpu]
         if lock.locked():
             yield f"waiting for another run on {order.gpu}"
@@ -256,8 +273,12 @@ class Profiler:
             yield "fetching the artifact"
             artifact = await self._artifacts.fetch(order.spec)
             total = len(whole) + len(smaller)
-            for part in _parts(device, whole, smaller):
-                share = replace(order, budget_s=order.budget_s * (len(part[0]) + len(part[1])) / total)
+            for number, part in enumerate(_parts(device, whole, smaller)):
+                share = replace(
+                    order,
+                    budget_s=order.budget_s * (len(part[0]) + len(part[1])) / total,
+                    operators=order.operators and number == 0,
+                )
                 async with aclosing(self._run_part(share, device, artifact, *part)) as found:
                     async for step in found:
                         yield step
@@ -269,7 +290,7 @@ class Profiler:
         artifact: Path,
         whole: Sequence[Configuration],
         smaller: Sequence[Configuration],
-    ) -> AsyncGenerator[Point | str, None]:
+    ) -> AsyncGenerator[Item, None]:
         """Measures with one worker."""
         first = _allocation(order.spec, [*whole, *smaller][0])
         request = LaunchRequest(
@@ -291,6 +312,9 @@ class Profiler:
         try:
             yield "loading"
             address = await self._ready(process)
+            if order.operators:
+                yield "exporting the model's graph"
+                yield await self._operators(address)
             async with aclosing(self._measure_all(order, process, address, whole, smaller)) as measured:
                 async for found in measured:
                     yield found
@@ -312,6 +336,14 @@ class Profiler:
                 raise ProfileError(f"the profiling worker was not ready after {LOAD_TIMEOUT_S:.0f} s")
             await self._clock.sleep(STATUS_PERIOD_S)
 
+    async def _operators(self, address: str) -> OperatorTable:
+        """Asks the worker for the operators; a model that can't be exported is measured all the same."""
+        try:
+            return await self._client.list_operators(address, OPERATORS_TIMEOUT_S)
+        except HasgpuError as error:
+            log.warning("the operators are left out: %s", error)
+            return OperatorTable(reason=f"exporting the model failed: {error}")
+
     async def _measure_all(
         self,
         order: ProfileOrder,
@@ -319,7 +351,7 @@ class Profiler:
         address: str,
         whole: Sequence[Configuration],
         smaller: Sequence[Configuration],
-    ) -> AsyncGenerator[Point | str, None]:
+    ) -> AsyncGenerator[Item, None]:
         begun_s = self._clock.now_s()
         total = len(whole) + len(smaller)
         known: dict[tuple[int, int], Measurement] = {}

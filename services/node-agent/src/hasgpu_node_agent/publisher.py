@@ -25,14 +25,14 @@ class BusPublisher:
 
     An instance keeps its id when it is bound to another node, so its subject has another writer from then on. A node
     that was taken for lost and is back must not hide what the new one says: of an instance that is not planned here
-    any more it writes and deletes only what it wrote itself.
+    any more, or moves between nodes, it writes and deletes only what it wrote itself.
 
     Args:
         bus: Where to write.
         node: This node.
         event: Returns what an instance's subject should say now and its trace headers; None: nothing (it has gone).
         published: Called with each event that was written.
-        planned: Tells whether an instance is to run here.
+        speaks: Tells whether this node has the say on an instance.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class BusPublisher:
         node: str,
         event: Callable[[str], tuple[InstanceEvent, Mapping[str, str]] | None],
         published: Callable[[InstanceEvent], None],
-        planned: Callable[[str], bool],
+        speaks: Callable[[str], bool],
     ) -> None:
         self._bus = bus
         self._node = node
-        self._planned = planned
+        self._speaks = speaks
         self._event = event
         self._published = published
         self._dirty: dict[str, None] = {}
@@ -125,7 +125,7 @@ class BusPublisher:
                 return
             event, headers = found
             try:
-                if not self._planned(instance) and await self._is_anothers(event.function, instance):
+                if not self._speaks(instance) and await self._is_anothers(event.function, instance):
                     return
                 await self._bus.put(instance_subject(event.function, event.instance), encode(event), headers)
             except UnavailableError:

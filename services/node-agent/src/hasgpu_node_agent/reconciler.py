@@ -250,11 +250,12 @@ class Reconciler:
         planned = {p.instance: p for p in plan.instances}
         for p in plan.instances:
             instance = self._instance(p.instance, p.function)
-            if instance.planned is None:
+            before = instance.planned
+            if before is None or before.moving_from != p.moving_from:
                 self._publisher.mark(p.instance)
-            elif (instance.planned.gpu, instance.planned.row) != (p.gpu, p.row):
+            if before is not None and (before.gpu, before.row) != (p.gpu, p.row):
                 instance.backoff.reset()
-                if instance.planned.gpu != p.gpu:
+                if before.gpu != p.gpu:
                     # What it met on one device says nothing of another, whose watch would act on it.
                     instance.is_held, instance.fault = False, ""
             instance.planned = p
@@ -296,7 +297,9 @@ class Reconciler:
 
     def _kill(self, instance: Instance, worker: Worker, reason: str) -> None:
         if not worker.killed_because:
-            log.warning("%s (pid %d) is killed: %s", instance.instance, worker.process.pid, reason)
+            log.warning(
+                "%s (pid %d) is killed: %s", instance.instance, worker.process.pid, reason, extra=instance.about
+            )
             worker.killed_because = reason
         if worker.device.uuid:
             # With work on a GPU, a client is terminated before it is killed: its device's supervisor does both.
@@ -323,7 +326,13 @@ class Reconciler:
             instance.refusal = ""
             instance.backoff.ready(self._clock.now_s())
             self._publisher.mark(instance.instance)
-            log.info("%s is ready at %s (pid %d)", instance.instance, worker.address, worker.process.pid)
+            log.info(
+                "%s is ready at %s (pid %d)",
+                instance.instance,
+                worker.address,
+                worker.process.pid,
+                extra=instance.about,
+            )
         elif status.state in (InstanceState.FAILED, InstanceState.DRAINING, InstanceState.STOPPED):
             # It says why and ends by itself; one that has not will be sent off, and its end is what counts.
             worker.process.terminate()
@@ -351,7 +360,7 @@ class Reconciler:
         instance.failure = reason
         instance.restarts_count += 1
         delay_s = instance.backoff.failed(now_s)
-        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s)
+        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s, extra=instance.about)
         self._publisher.mark(instance.instance)
 
     # Acting
@@ -508,14 +517,14 @@ class Reconciler:
     def _failed(self, instance: Instance, reason: str) -> None:
         instance.failure = reason
         delay_s = instance.backoff.failed(self._clock.now_s())
-        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s)
+        log.warning("%s: %s; next try in %.1f s", instance.instance, reason, delay_s, extra=instance.about)
         self._publisher.mark(instance.instance)
 
     def _refuse(self, instance: Instance, reason: str) -> None:
         if instance.refusal != reason:
             instance.refusal = reason
             if reason:
-                log.info("%s can't be started now: %s", instance.instance, reason)
+                log.info("%s can't be started now: %s", instance.instance, reason, extra=instance.about)
             self._publisher.mark(instance.instance)
 
     def _take_down(self, instance: Instance) -> None:
@@ -526,7 +535,7 @@ class Reconciler:
             del self.instances[instance.instance]
             self._launcher.forget(instance.instance)
             self._publisher.gone(instance.function, instance.instance)
-            log.info("%s is gone", instance.instance)
+            log.info("%s is gone", instance.instance, extra=instance.about)
 
     # Leaving
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hasgpu_core.errors import CapacityError, NotFoundError
@@ -130,6 +130,10 @@ class RowGuard:
     def gpu_share(self, gpu: str) -> float:
         """Returns the part of the device that is reserved: the sum of SM share times request, 0..1."""
         return sum(r.gpu_share for r in self._reservations.values() if r.gpu == gpu)
+
+    def reservations(self) -> Iterator[tuple[WorkerKey, Reservation]]:
+        """Yields all that is reserved, profiling runs included."""
+        yield from self._reservations.items()
 
     def _check(self, key: WorkerKey, gpu: str, row: int, allocation: Allocation, width_pct: int) -> None:
         info = self.device(gpu)

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import grpc.aio
 from hasgpu.node_agent.v1 import node_agent_pb2, node_agent_pb2_grpc
 from hasgpu_core.events import DeviceEvent, InstanceEvent, NodeEvent
+from hasgpu_runtime import trace_catalogue as names
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import device_event_to_proto, instance_event_to_proto, node_event_to_proto, spec_from_proto
 
+from hasgpu_node_agent.ports import OperatorTable
 from hasgpu_node_agent.profiling import DEFAULT_BUDGET_S, Configuration, Point, ProfileOrder, Profiler
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -67,11 +69,12 @@ class NodeAgentServicer(node_agent_pb2_grpc.NodeAgentServiceServicer):
             quotas_permille=tuple(request.quotas_permille),
             configurations=tuple(Configuration(c.batch, c.sm_pct, c.quota_permille) for c in request.configurations),
             in_order=request.in_order,
+            operators=request.operators,
         )
         span = self._telemetry.start(
             "agent.profile",
             parent=self._telemetry.traceparent(),
-            attributes={"function": order.spec.name, "gpu": order.gpu},
+            attributes={names.FUNCTION: order.spec.name, names.GPU: order.gpu},
         )
         points_count = 0
         try:
@@ -80,10 +83,12 @@ class NodeAgentServicer(node_agent_pb2_grpc.NodeAgentServiceServicer):
                     if isinstance(item, Point):
                         points_count += 1
                         yield node_agent_pb2.ProfileResponse(point=_point_to_proto(item))
+                    elif isinstance(item, OperatorTable):
+                        yield node_agent_pb2.ProfileResponse(operators=_operators_to_proto(item))
                     else:
                         yield node_agent_pb2.ProfileResponse(progress=item)
         finally:
-            span.set("points_count", points_count)
+            span.set(names.POINTS_COUNT, points_count)
             span.end()
 
     async def Drain(self, request: node_agent_pb2.DrainRequest, context: _Context) -> node_agent_pb2.DrainResponse:
@@ -102,3 +107,19 @@ def _point_to_proto(point: Point) -> node_agent_pb2.ProfilePoint:
         longest_segment_ns=point.measurement.longest_segment_ns,
         repetitions_count=point.measurement.repetitions_count,
     )
+
+
+def _operators_to_proto(table: OperatorTable) -> node_agent_pb2.OperatorTable:
+    rows = [
+        node_agent_pb2.Operator(
+            op=row.op,
+            flops=row.flops,
+            input_bytes=row.input_bytes,
+            weight_bytes=row.weight_bytes,
+            output_bytes=row.output_bytes,
+            groups=row.groups,
+            output_shape=row.output_shape,
+        )
+        for row in table.rows
+    ]
+    return node_agent_pb2.OperatorTable(rows=rows, reason=table.reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasgpu_core.errors import InvalidError
+from hasgpu_runtime.settings import number
 
 NODE_PATTERN = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?")
 """A node's name becomes a token of a NATS subject and a folder."""
@@ -42,18 +43,28 @@ class AgentSettings:
     """What only the node agent has."""
 
     node: str
+    """HASGPU_NODE; the node's name. "node*": the first of node1, node2, ... that no other agent of this state
+    folder holds. Default: the host's name, with hyphens for what a node's can't hold."""
     devices: tuple[DeviceSetting, ...]
+    """HASGPU_DEVICES; several separated by `;`: `cpu`, `cpu:cores=N`, `cuda`, `cuda:gpu=INDEX or UUID,mode=MODE` or
+    `emulated:gpus=N,profile=FILE`. Default: `cpu`."""
     state_dir: Path
-    """The agent's own folder below it is named after the node."""
+    """HASGPU_STATE_DIR; the agent's own folder below it is named after the node. Default: `$XDG_STATE_HOME/hasgpu`,
+    else `~/.local/state/hasgpu`."""
     stop_workers_on_exit: bool = True
-    """On SIGTERM and SIGINT the workers are drained and stopped; a killed agent leaves them running in any case."""
+    """HASGPU_STOP_WORKERS_ON_EXIT, 0 or 1; on SIGTERM and SIGINT the workers are drained and stopped; a killed agent
+    leaves them running in any case."""
+    gpu_price_per_hour: float = 0.0
+    """HASGPU_GPU_PRICE_PER_HOUR; of a whole GPU of this node, in any currency; what functions cost is reckoned from
+    it. 0: no cost is told."""
 
 
 def load(environ: Mapping[str, str]) -> AgentSettings:
     """Returns the settings; raises InvalidError, naming the variable, the bound and what came."""
     node = environ.get("HASGPU_NODE") or default_node(socket.gethostname())
-    if not NODE_PATTERN.fullmatch(node):
-        raise InvalidError("HASGPU_NODE", expected="1 to 63 of a-z, A-Z, 0-9, _ and -, not at an end", got=repr(node))
+    if not NODE_PATTERN.fullmatch(f"{node.removesuffix('*')}00" if node.endswith("*") else node):
+        expected = "1 to 63 of a-z, A-Z, 0-9, _ and -, not at an end, or such a name's beginning and *"
+        raise InvalidError("HASGPU_NODE", expected=expected, got=repr(node))
     stop = environ.get("HASGPU_STOP_WORKERS_ON_EXIT", "1")
     if stop not in ("0", "1"):
         raise InvalidError("HASGPU_STOP_WORKERS_ON_EXIT", expected="0 or 1", got=repr(stop))
@@ -62,6 +73,7 @@ def load(environ: Mapping[str, str]) -> AgentSettings:
         devices=parse_devices(environ.get("HASGPU_DEVICES") or "cpu"),
         state_dir=default_state_dir(environ),
         stop_workers_on_exit=stop == "1",
+        gpu_price_per_hour=number(environ, "HASGPU_GPU_PRICE_PER_HOUR", 0.0, 0.0, 1e6),
     )
 
 

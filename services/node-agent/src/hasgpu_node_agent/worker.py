@@ -36,7 +36,15 @@ def _observer(config: WorkerConfig) -> Observer | None:
 
     from hasgpu_node_agent.worker_spans import SpanObserver
 
-    telemetry = setup("worker", environ=environ, instance=config.instance)
+    device = {
+        "hasgpu.function": config.function,
+        "hasgpu.gpu": config.gpu,
+        "hasgpu.gpu_uuid": config.gpu_uuid,
+        "hasgpu.device_model": config.device_model,
+        "hasgpu.device_backend": config.backend,
+    }
+    attributes = {name: value for name, value in device.items() if value}
+    telemetry = setup("worker", environ=environ, instance=config.instance, attributes=attributes)
     return SpanObserver(telemetry) if telemetry.enabled else None
 
 

@@ -10,7 +10,7 @@ from hasgpu.rapp.v1 import rapp_pb2
 from hasgpu_core.capacity import CapacityPoint
 from hasgpu_predictor import Correction, ModelCard, ObservedError, Probe, Profile, SourceLevel
 
-from hasgpu_rapp.predictions import Recipe, data_sha256
+from hasgpu_rapp.predictions import Recipe, Transfer, data_sha256
 from hasgpu_rapp.profiling import Cell
 from hasgpu_rapp.queries import FunctionErrors
 
@@ -76,6 +76,26 @@ def card_to_proto(card: ModelCard, functions: Sequence[str], profiles: Mapping[s
         data_sha256=data_sha256(profiles),
         seed=card.seed,
         served=True,
+    )
+
+
+def transfer_to_proto(device_model: str, transfer: Transfer) -> rapp_pb2.TransferCard:
+    """Converts what predicts functions without a profile, or why there is nothing."""
+    if transfer.model is None:
+        return rapp_pb2.TransferCard(device_model=device_model, reason=transfer.reason)
+    card = transfer.model.card
+    return rapp_pb2.TransferCard(
+        device_model=device_model,
+        reason=transfer.reason,
+        models=card.models,
+        rows_count=card.rows_count,
+        static_mape_pct=card.static_mape_pct,
+        probed_mape_pct=card.probed_mape_pct,
+        sha256=card.sha256,
+        data_sha256=card.data_sha256,
+        features=card.features,
+        train_s=card.train_s,
+        seed=card.seed,
     )
 
 

@@ -19,11 +19,12 @@ from hasgpu_predictor import (
     workload_digest,
 )
 from hasgpu_runtime import wire
+from hasgpu_runtime.logs import about
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_rapp.adapters.repository import Repository
 from hasgpu_rapp.corrections import Corrections, Pair
-from hasgpu_rapp.predictions import Predictions, Recipe, physical_of, table_of
+from hasgpu_rapp.predictions import FunctionOperators, Predictions, Recipe, physical_of, table_of
 from hasgpu_rapp.profiling import PROFILE_BUDGET_S, Cell, Key, Measurer, Profiling
 from hasgpu_rapp.surfaces import Surfaces
 from hasgpu_rapp.training import Trainer
@@ -73,6 +74,8 @@ class RappApp:
             places=self._places,
             plan=self._plan,
             done=self._profiled,
+            wants_operators=self._wants_operators,
+            heard=self._heard,
         )
         self.trainer = Trainer(
             predictions=self.predictions,
@@ -98,7 +101,9 @@ class RappApp:
         """Of the tables that this process published."""
 
     async def load(self) -> None:
-        """Reads profiles and models of earlier runs."""
+        """Reads profiles, models and operators of earlier runs, and the profile files that were named."""
+        self.predictions.operators.update(await asyncio.to_thread(self._repository.load_operators))
+        self.predictions.shipped.update(await asyncio.to_thread(self._repository.load_shipped))
         for device_model, kept in (await asyncio.to_thread(self._repository.load)).items():
             self.predictions.profiles[device_model] = dict(kept.profiles)
             self.predictions.serve(kept.model, kept.profiles)
@@ -197,9 +202,15 @@ class RappApp:
                 if drifted and began:
                     self._again.add((workload, device.name))
                     self.corrections.profile_asked(pair)
-                    _log.info("%s is profiled again on %s, because it has drifted", *pair)
+                    _log.info(
+                        "%s is profiled again on %s, because it has drifted",
+                        *pair,
+                        extra=about(function=event.spec.name),
+                    )
         for device_model in list(self.predictions.profiles):
             self.trainer.refresh(device_model)
+        for device in devices.values():
+            self.trainer.refresh_transfer(device)
         await self._delete_orphans()
         await self.corrections.save()
 
@@ -216,7 +227,9 @@ class RappApp:
             table = await asyncio.to_thread(table_of, event, recipe, surface, computed_unix_ns=computed_unix_ns)
             payload = wire.encode(table)
         except InvalidError as error:
-            _log.error("no table of %s on %s: %s", event.spec.name, device.name, error)
+            _log.error(
+                "no table of %s on %s: %s", event.spec.name, device.name, error, extra=about(function=event.spec.name)
+            )
             return
         if self.world.functions.get(event.spec.name) != event:
             return
@@ -266,7 +279,8 @@ class RappApp:
         workload = workload_digest(event.spec)
         again = (workload, device_model) in self._again
         self._again.discard((workload, device_model))
-        await self._learn(workload, device_model, points, afresh=again)
+        with self.trainer.reserved(device_model):
+            await self._learn(workload, device_model, points, afresh=again)
         await self.trainer.train(device_model)
         if again:
             self.corrections.rebase(device_model, workload)
@@ -283,6 +297,29 @@ class RappApp:
         except OSError as error:
             self._repository.note(f"a profile could not be kept; a restart will measure again: {error}")
 
+    def _wants_operators(self, event: FunctionEvent) -> bool:
+        known = self.predictions.operators.get(workload_digest(event.spec))
+        return known is None or not known.rows
+
+    async def _heard(self, event: FunctionEvent, operators: FunctionOperators) -> None:
+        """Takes a model's operators; a table of the function is made of them while it is measured."""
+        workload = workload_digest(event.spec)
+        if not operators.rows and not self._wants_operators(event):
+            return
+        self.predictions.operators[workload] = operators
+        if operators.reason:
+            _log.warning(
+                "the model of %s has no operators: %s",
+                event.spec.name,
+                operators.reason,
+                extra=about(function=event.spec.name),
+            )
+        try:
+            await asyncio.to_thread(self._repository.save_operators, workload, operators)
+        except OSError as error:
+            self._repository.note(f"operators could not be kept; the next profile tells them again: {error}")
+        self._poke()
+
     def pair(self, function: str, device_model: str) -> tuple[FunctionEvent, DeviceModel]:
         """Returns what is known of a function and a device model; raises NotFoundError."""
         event = self.world.functions.get(function)
@@ -293,17 +330,32 @@ class RappApp:
             raise NotFoundError("device model", device_model, "no node has reported one")
         return event, device
 
-    async def ingest(self, function: str, device_model: str, points: Sequence[ProfilePoint]) -> int:
+    async def ingest(
+        self,
+        function: str,
+        device_model: str,
+        points: Sequence[ProfilePoint],
+        operators: FunctionOperators | None = None,
+    ) -> int:
         """Adds measurements and returns how many; the model is trained again in the background.
+
+        Args:
+            function: Of which.
+            device_model: Where it was measured.
+            points: None are fine when there are operators.
+            operators: Of its model; None: they stay as they are known.
 
         Raises NotFoundError for a function or device model, InvalidError for a point that can't be or rows of one
         configuration that disagree (none is taken then).
         """
         event, device = self.pair(function, device_model)
-        if not 1 <= len(points) <= POINTS_MAX:
+        if not (0 if operators is not None else 1) <= len(points) <= POINTS_MAX:
             raise InvalidError("points", expected=f"1..{POINTS_MAX} of them", got=str(len(points)))
         check_agreement(points)
-        await self._learn(workload_digest(event.spec), device.name, points)
+        if operators is not None:
+            await self._heard(event, operators)
+        if points:
+            await self._learn(workload_digest(event.spec), device.name, points)
         self._poke()
         return len(points)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hasgpu_core.events import FunctionEvent, InstanceEvent
 from hasgpu_core.ports import Clock
 from hasgpu_predictor import PhysicalModel, Surface, workload_digest
+from hasgpu_runtime.logs import about
 
 from hasgpu_rapp.adapters.repository import Kept, KeptCorrection, Repository
 from hasgpu_rapp.predictions import Predictions
@@ -124,9 +125,11 @@ class Corrections:
         if correction.update(physical, surface):
             factors = correction.factors
             text = "%s on %s: %d observed batches correct the prediction by %.2f where the quota decides, else by %.2f"
-            _log.info(text, *pair, correction.observed_count, factors.device, factors.run)
+            _log.info(
+                text, *pair, correction.observed_count, factors.device, factors.run, extra=about(function=pair[0])
+            )
         if profiled and (drift := correction.detect(physical, surface, now_s=self._clock.now_s())):
-            _log.warning("%s on %s has drifted from its profile: %s", *pair, drift)
+            _log.warning("%s on %s has drifted from its profile: %s", *pair, drift, extra=about(function=pair[0]))
 
     def wants_profile(self, pair: Pair) -> bool:
         """Whether drift asks for a new profile now."""

@@ -14,7 +14,9 @@ from hasgpu_core.events import FunctionEvent
 from hasgpu_core.function import FunctionSpec
 from hasgpu_core.ports import Clock
 from hasgpu_predictor import ProfilePoint
+from hasgpu_runtime.logs import about
 
+from hasgpu_rapp.predictions import FunctionOperators
 from hasgpu_rapp.world import ProfilePlace
 
 _log = logging.getLogger(__name__)
@@ -42,11 +44,11 @@ class Measurer(Protocol):
     """Runs a profile on a device."""
 
     def measure(
-        self, place: ProfilePlace, spec: FunctionSpec, cells: Sequence[Cell]
-    ) -> AsyncGenerator[ProfilePoint | str, None]:
+        self, place: ProfilePlace, spec: FunctionSpec, cells: Sequence[Cell], *, operators: bool
+    ) -> AsyncGenerator[ProfilePoint | FunctionOperators | str, None]:
         """Measures cells in order while PROFILE_BUDGET_S lasts.
 
-        Yields points and progress in words; raises HasgpuError.
+        Yields points, before them the operators if they are asked for, and progress in words; raises HasgpuError.
         """
         ...
 
@@ -72,6 +74,8 @@ class Profiling:
         places: Live devices of a device model; asked before each attempt.
         plan: What to measure of a function on a device model, the most informative first.
         done: Takes the points of a finished run.
+        wants_operators: Whether those of a function are to be asked for.
+        heard: Takes them, while the run goes on.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class Profiling:
         places: Callable[[str], list[ProfilePlace]],
         plan: Callable[[FunctionEvent, str], Awaitable[Sequence[Cell]]],
         done: Callable[[FunctionEvent, str, list[ProfilePoint]], Awaitable[None]],
+        wants_operators: Callable[[FunctionEvent], bool],
+        heard: Callable[[FunctionEvent, FunctionOperators], Awaitable[None]],
     ) -> None:
         self._clock = clock
         self._measurer = measurer
@@ -90,6 +96,8 @@ class Profiling:
         self._places = places
         self._plan = plan
         self._done = done
+        self._wants_operators = wants_operators
+        self._heard = heard
         self._slots = asyncio.Semaphore(RUNS_AT_ONCE)
         self.jobs: dict[Key, Job] = {}
 
@@ -129,16 +137,22 @@ class Profiling:
                     break
                 except (HasgpuError, OSError) as error:
                     job.progress = f"attempt {attempt} of {ATTEMPTS_MAX} failed: {error}"
-                    _log.warning("the profile of %s on %s: %s", name, device_model, job.progress)
+                    _log.warning(
+                        "the profile of %s on %s: %s", name, device_model, job.progress, extra=about(function=name)
+                    )
                     job.again_s = self._clock.now_s() + REST_S
                     if attempt < ATTEMPTS_MAX:
                         await self._clock.sleep(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (attempt - 1)))
                 else:
-                    _log.info("%s is profiled on %s: %d points", name, device_model, len(points))
+                    _log.info(
+                        "%s is profiled on %s: %d points", name, device_model, len(points), extra=about(function=name)
+                    )
                     self.jobs.pop(key, None)
                     return
         job.failed = True
-        _log.error("the profile of %s on %s is given up: %s", name, device_model, job.progress)
+        _log.error(
+            "the profile of %s on %s is given up: %s", name, device_model, job.progress, extra=about(function=name)
+        )
 
     async def _attempt(self, device_model: str, job: Job, attempt: int) -> list[ProfilePoint]:
         places = self._places(device_model)
@@ -146,13 +160,24 @@ class Profiling:
             raise UnavailableError(f"no live node has a {device_model}")
         place = places[(attempt - 1) % len(places)]
         job.progress = f"asking {place.node} for {place.gpu}"
-        _log.info("the profile of %s on %s: attempt %d, %s", job.event.spec.name, device_model, attempt, job.progress)
+        _log.info(
+            "the profile of %s on %s: attempt %d, %s",
+            job.event.spec.name,
+            device_model,
+            attempt,
+            job.progress,
+            extra=about(function=job.event.spec.name),
+        )
         points: list[ProfilePoint] = []
         cells = await self._plan(job.event, device_model)
-        async with aclosing(self._measurer.measure(place, job.event.spec, cells)) as news:
+        # A run that failed may have failed of the export.
+        wanted = attempt == 1 and self._wants_operators(job.event)
+        async with aclosing(self._measurer.measure(place, job.event.spec, cells, operators=wanted)) as news:
             async for item in news:
                 if isinstance(item, str):
                     job.progress = item
+                elif isinstance(item, FunctionOperators):
+                    await self._heard(job.event, item)
                 else:
                     item.validate()
                     points.append(item)

@@ -141,7 +141,7 @@ class Queries:
         recipe, surface = await self._surface(event, device, instance)
         points = surface_points(surface, axes, slo_ms=event.spec.slo_ms)
         bounds = _predicted(recipe, surface, axes.configurations())
-        beyond = tuple(batch for batch in axes.batches if 0 < recipe.profiled_max_batch < batch)
+        beyond = tuple(batch for batch in axes.batches if surface.extrapolated(batch))
         return PredictedSurface(points, bounds.low_s, bounds.high_s, beyond, recipe)
 
     async def capacity(
@@ -248,6 +248,11 @@ class Queries:
             if workload_digest(event.spec) == key[0] and device_model in ("", key[1])
         }
 
+    def operators_count(self, event: FunctionEvent) -> int:
+        """Returns how many operators of a function's model are known."""
+        known = self._app.predictions.operators.get(workload_digest(event.spec))
+        return len(known.rows) if known is not None else 0
+
     def function_names(self, workloads: Sequence[str]) -> list[str]:
         """Returns names of the deployed functions with these workloads; a shortened digest for one not deployed."""
         names: dict[str, list[str]] = {}
@@ -274,8 +279,7 @@ def _predicted(recipe: Recipe, surface: Surface, configurations: Array) -> Predi
     bounds = surface.bounds_at(batch, sm, quota)
     assert bounds is not None, "surfaces of predictions have intervals"
     low_s, high_s = (bound.clip(max=LATENCY_MAX_S) for bound in bounds)
-    beyond = (batch > recipe.profiled_max_batch) & (recipe.profiled_max_batch > 0)
-    return Predicted(latency_s, low_s, high_s, beyond, recipe)
+    return Predicted(latency_s, low_s, high_s, surface.extrapolated(batch), recipe)
 
 
 def _cross_validated(

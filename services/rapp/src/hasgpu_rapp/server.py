@@ -13,7 +13,7 @@ from hasgpu_predictor import ModelCard
 from hasgpu_runtime import wire
 
 from hasgpu_rapp import answers
-from hasgpu_rapp.adapters.agents import point_from_proto
+from hasgpu_rapp.adapters.agents import operators_from_proto, point_from_proto
 from hasgpu_rapp.app import RappApp
 from hasgpu_rapp.profiling import Cell
 from hasgpu_rapp.queries import Queries
@@ -40,6 +40,7 @@ class RappServicer(rapp_pb2_grpc.RappServiceServicer):
             high_ns=np.rint(found.high_s * 1e9).astype(np.int64).tolist(),
             extrapolated=found.extrapolated.tolist(),
             correction=answers.correction_to_proto(found.recipe, correction),
+            basis_reason=found.recipe.reason,
         )
 
     async def PredictSurface(
@@ -64,6 +65,7 @@ class RappServicer(rapp_pb2_grpc.RappServiceServicer):
             high_us=np.rint(found.high_s * 1e6).astype(np.int64).tolist(),
             extrapolated_batches=found.extrapolated_batches,
             correction=answers.correction_to_proto(found.recipe, correction),
+            basis_reason=found.recipe.reason,
         )
 
     async def Capacity(self, request: rapp_pb2.CapacityRequest, context: Any) -> rapp_pb2.CapacityResponse:
@@ -79,13 +81,18 @@ class RappServicer(rapp_pb2_grpc.RappServiceServicer):
             slo_ms=slo_ms,
             table_computed_unix_ns=self._app.table_computed_unix_ns.get(pair, 0),
             infeasible_reason=answers.infeasible_reason(points, slo_ms),
+            extrapolated=[0 < recipe.profiled_max_batch < point.batch for point in points],
+            basis_reason=recipe.reason,
         )
 
     async def Ingest(self, request: rapp_pb2.IngestRequest, context: Any) -> rapp_pb2.IngestResponse:
         """Adds measurements; all or none."""
         points = [point_from_proto(point) for point in request.points]
-        count = await self._app.ingest(request.function, request.device_model, points)
-        return rapp_pb2.IngestResponse(accepted_count=count)
+        operators = operators_from_proto(request.operators) if request.HasField("operators") else None
+        count = await self._app.ingest(request.function, request.device_model, points, operators)
+        return rapp_pb2.IngestResponse(
+            accepted_count=count, operators_count=len(operators.rows) if operators is not None else 0
+        )
 
     async def Train(self, request: rapp_pb2.TrainRequest, context: Any) -> AsyncIterator[rapp_pb2.TrainResponse]:
         """Fits the device model's predictor; progress, then the card. A caller that leaves does not stop the fit."""
@@ -125,6 +132,11 @@ class RappServicer(rapp_pb2_grpc.RappServiceServicer):
                 if request.device_model in ("", name)
             ],
             notes=self._app.notes,
+            transfers=[
+                answers.transfer_to_proto(name, transfer)
+                for name, transfer in sorted(self._app.predictions.transfers.items())
+                if request.device_model in ("", name)
+            ],
         )
 
     async def Evaluate(self, request: rapp_pb2.EvaluateRequest, context: Any) -> rapp_pb2.EvaluateResponse:
@@ -162,6 +174,8 @@ class RappServicer(rapp_pb2_grpc.RappServiceServicer):
             correction=answers.correction_to_proto(recipe, correction),
             sources=[answers.source_to_proto(level) for level in correction.sources()] if correction else (),
             observed=answers.observed_to_proto(error) if error is not None else None,
+            operators_count=self._queries.operators_count(event),
+            basis_reason=recipe.reason,
         )
 
     def _card(self, card: ModelCard) -> rapp_pb2.ModelCard:

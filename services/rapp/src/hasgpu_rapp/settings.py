@@ -17,8 +17,11 @@ class RappSettings:
     state_dir: Path
     """HASGPU_STATE_DIR; profiles and models lie in `rapp` below it. Default: `$XDG_STATE_HOME/hasgpu`, else
     `~/.local/state/hasgpu`."""
+    profile_files: tuple[str, ...]
+    """HASGPU_RAPP_PROFILES, separated by colons: what functions without a profile are predicted from, beside what was
+    measured here; see `hasgpu_rapp.adapters.profile_files`."""
     training: TrainingSettings
-    """HASGPU_RAPP_THREADS (1): threads that a training may use. HASGPU_RAPP_SEED (0)."""
+    """HASGPU_RAPP_THREADS (1): threads that a training may use. HASGPU_RAPP_SEED (0): of trainings."""
 
 
 def load(environ: Mapping[str, str]) -> RappSettings:
@@ -26,6 +29,7 @@ def load(environ: Mapping[str, str]) -> RappSettings:
     state_home = text(environ, "XDG_STATE_HOME", str(Path(environ.get("HOME", "~")).expanduser() / ".local/state"))
     return RappSettings(
         state_dir=Path(text(environ, "HASGPU_STATE_DIR", str(Path(state_home) / "hasgpu"))).absolute(),
+        profile_files=tuple(source for source in text(environ, "HASGPU_RAPP_PROFILES", "").split(":") if source),
         training=TrainingSettings(
             seed=integer(environ, "HASGPU_RAPP_SEED", 0, 0, 2**31 - 1),
             threads_count=integer(environ, "HASGPU_RAPP_THREADS", 1, 1, 256),

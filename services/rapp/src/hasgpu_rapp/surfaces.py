@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hasgpu_core.events import FunctionEvent
 from hasgpu_predictor import PhysicalModel, Surface, corrected
 
-from hasgpu_rapp.predictions import Predictions, Recipe, physical_of, surface_of
+from hasgpu_rapp.predictions import Predictions, Recipe, predicted_by
 from hasgpu_rapp.world import DeviceModel
 
 
@@ -37,7 +37,7 @@ class Surfaces:
         if known is not None and known.recipe == recipe:
             return known
         model = self._predictions.model(device.name)
-        physical, surface = await asyncio.to_thread(lambda: (physical_of(recipe), surface_of(recipe, model)))
+        physical, surface = await asyncio.to_thread(lambda: predicted_by(recipe, model))
         self._bases[pair] = base = Base(recipe, physical, surface)
         return base
 

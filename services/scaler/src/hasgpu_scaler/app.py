@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
-from hasgpu_core.errors import ConflictError, FencedError, UnavailableError
+from hasgpu_core.errors import ConflictError, FencedError, NotFoundError, UnavailableError
 from hasgpu_core.events import horizontal_subject, vertical_subject
-from hasgpu_core.policy.scaling import Decision
+from hasgpu_core.policy.choice import make_live_policy
+from hasgpu_core.policy.scaling import Decision, ScalingPolicy
 from hasgpu_core.ports import Bus, CaughtUp, Clock, Fence
 from hasgpu_runtime import wire
 from hasgpu_runtime.leader import NOT_LEADING
+from hasgpu_runtime.logs import about
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_scaler.adapters.desired_store import DesiredStore
+from hasgpu_scaler.adapters.recording_files import RecordingFiles
 from hasgpu_scaler.announce import Announcement, Announcer, Horizontal, Purge, Vertical
 from hasgpu_scaler.core import ScalerCore
-from hasgpu_scaler.decisions import DecisionLog, LoggedDecision
+from hasgpu_scaler.decisions import ADVISORY, DecisionLog, LoggedDecision
 from hasgpu_scaler.inputs import SUBSCRIBED, WATCHED, Inputs
 from hasgpu_scaler.manual import ManualRequest
 from hasgpu_scaler.records import DesiredRecord
+from hasgpu_scaler.tracing import DecisionTraces
+
+SHORTEST_LOOK_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -43,22 +49,26 @@ class ScalerApp:
         fence: Callable[[], Fence | None],
         fenced: Callable[[], None],
         poke: Callable[[], None],
+        make_policy: Callable[[str], ScalingPolicy] = make_live_policy,
+        recordings: RecordingFiles | None = None,
     ) -> None:
         self.core = core
         self.log = DecisionLog()
         self._announcer = Announcer()
-        self._inputs = Inputs(core, self._announcer)
+        self._traces = DecisionTraces(telemetry)
+        self._inputs = Inputs(core, self._announcer, self._traces)
         self._bus = bus
         self._desired = desired
         self._clock = clock
-        self._telemetry = telemetry
         self._fence = fence
         self._fenced = fenced
         self._poke = poke
+        self._make_policy = make_policy
+        self._configured = core.policy
+        self.recordings = recordings
         self._caught_up = asyncio.Event()
         self._loaded_token: int | None = None
         self._lock = asyncio.Lock()
-        self._headers: dict[str, Mapping[str, str]] = {}
         self._changed = asyncio.Event()
         self._waiting_for = ""
 
@@ -66,6 +76,11 @@ class ScalerApp:
     def leading(self) -> bool:
         """Whether this process decides now."""
         return self._fence() is not None
+
+    @property
+    def waiting_for(self) -> str:
+        """Why nothing is decided now, in words; empty: nothing stands in the way."""
+        return self._waiting_for
 
     async def wait_caught_up(self) -> None:
         """Returns once all last values have been read."""
@@ -92,11 +107,14 @@ class ScalerApp:
 
     # The pass.
 
-    async def run_pass(self) -> None:
-        """Observes, decides and acts once; while bus or store are away it says so and leaves everything as it is."""
+    async def run_pass(self) -> float | None:
+        """Observes, decides and acts once; while bus or store are away it says so and leaves everything as it is.
+
+        Returns in how many seconds the policy wants to look again; None: it does not say.
+        """
         async with self._lock:
             try:
-                await self._pass()
+                return await self._pass()
             except UnavailableError as error:
                 self._wait_for(str(error))
             except ConflictError as error:
@@ -107,17 +125,23 @@ class ScalerApp:
                 _log.warning("no longer the leader: %s", error)
                 self._loaded_token = None
                 self._fenced()
+        return None
 
-    async def _pass(self) -> None:
+    async def _pass(self) -> float | None:
         fence = await self._lead()
         if fence is None:
-            return
+            return None
         await self._announce(fence)
         for record in self.core.removals(self._clock.now_s()):
-            await self._commit(record, fence)
-            _log.info("%s: deleted, its instances are taken down", record.function)
+            with self._traces.deciding(record, "deleted", self._clock.unix_ns()):
+                await self._commit(record, fence)
+            _log.info(
+                "%s: deleted, its instances are taken down", record.function, extra=about(function=record.function)
+            )
             await self._announce(fence)
         decisions = self.core.tick(self._clock.now_s())
+        for advice in self.core.advised:
+            self._advise(advice)
         undone = {decision.function for decision in decisions}
         try:
             for decision in decisions:
@@ -132,8 +156,10 @@ class ScalerApp:
             self.core.forget(function)
             self._announcer.forget(function)
             self.log.forget(function)
-            self._headers.pop(function, None)
+            self._traces.forget(function)
         self._wait_for("")
+        looks = [decision.look_again_s for decision in (*decisions, *self.core.advised)]
+        return max(SHORTEST_LOOK_S, min(looks)) if looks else None
 
     async def _lead(self) -> Fence | None:
         """Returns the leadership, with the store's content read since it began; None: this process has to wait."""
@@ -141,6 +167,7 @@ class ScalerApp:
         if fence is None:
             if self._loaded_token is not None:
                 self._wait_for(NOT_LEADING)
+                self.core.stop_recording()
             self._loaded_token = None
             return None
         if not self._caught_up.is_set():
@@ -148,11 +175,28 @@ class ScalerApp:
         if self._loaded_token != fence.token:
             records, paused = await self._desired.load()
             self.core.load(records, paused=paused)
+            self._use_policy(await self._desired.load_policy())
             self._announcer.reset()
             self._loaded_token = fence.token
             self._tell_watchers()
             _log.info("leads with token %d; %d functions have a desired state", fence.token, len(records))
         return fence
+
+    def _advise(self, decision: Decision) -> None:
+        """Keeps what would be done to be explained."""
+        known = self.core.records.get(decision.function)
+        self._log_decision(decision, known.revision if known else 0, self._clock.unix_ns(), ADVISORY)
+
+    def _use_policy(self, name: str) -> None:
+        """Lets a policy decide; empty, or a name that an older version stored: the configured one."""
+        try:
+            policy = self._make_policy(name) if name else self._configured
+        except NotFoundError as error:
+            _log.error("the policy set can't be had, the configured one decides: %s", error)
+            policy = self._configured
+        if policy.name != self.core.policy.name:
+            _log.info("%s decides from now on, in the place of %s", policy.name, self.core.policy.name)
+            self.core.set_policy(policy)
 
     async def _act(self, decision: Decision, fence: Fence) -> None:
         """Stores a decision and keeps it to be explained."""
@@ -161,7 +205,7 @@ class ScalerApp:
         unix_ns = self._clock.unix_ns()
         record = self.core.next_record(decision, unix_ns)
         if record is not None:
-            with self._telemetry.span("scaler.decide", attributes=_attributes(decision, record)):
+            with self._traces.deciding(record, "policy", unix_ns, decision):
                 await self._commit(record, fence)
                 self._log_decision(decision, record.revision, unix_ns, "policy")
         else:
@@ -169,9 +213,9 @@ class ScalerApp:
             self._log_decision(decision, known.revision if known else 0, unix_ns, "policy")
 
     async def _commit(self, record: DesiredRecord, fence: Fence) -> None:
-        await self._desired.save(record, fence)
+        with self._traces.storing(record):
+            await self._desired.save(record, fence)
         self.core.commit(record)
-        self._headers[record.function] = self._telemetry.inject()
         self._tell_watchers()
 
     async def _announce(self, fence: Fence) -> None:
@@ -185,14 +229,16 @@ class ScalerApp:
         match item:
             case Vertical(event):
                 await self._bus.put(
-                    vertical_subject(event.node, event.instance), wire.encode(event), self._headers.get(event.function)
+                    vertical_subject(event.node, event.instance),
+                    wire.encode(event),
+                    self._traces.headers(event.function),
                 )
             case Horizontal(event, dedup_id):
                 await self._bus.send_command(
                     horizontal_subject(event.function),
                     wire.encode(event),
                     dedup_id=dedup_id,
-                    headers=self._headers.get(event.function),
+                    headers=self._traces.headers(event.function),
                 )
             case Purge(node, instance):
                 await self._bus.delete(vertical_subject(node, instance))
@@ -208,7 +254,7 @@ class ScalerApp:
         async with self._lock:
             fence = await self._lead_or_refuse()
             decision, record = self.core.decide_manual(request, self._clock.now_s())
-            with self._telemetry.span("scaler.decide", attributes=_attributes(decision, record)):
+            with self._traces.deciding(record, "manual", self._clock.unix_ns(), decision):
                 await self._commit(record, fence)
                 self._log_decision(decision, record.revision, self._clock.unix_ns(), "manual")
             try:
@@ -228,8 +274,28 @@ class ScalerApp:
             else:
                 record = self.core.pause(function, paused=paused)
                 if record is not None:
-                    await self._commit(record, fence)
+                    with self._traces.deciding(record, "paused", self._clock.unix_ns()):
+                        await self._commit(record, fence)
         self._poke()
+
+    async def set_policy(self, name: str) -> str:
+        """Lets another policy decide from the next pass on, and keeps that; empty: the configured one.
+
+        Returns the name of the one in force. Raises NotFoundError for an unknown name, UnavailableError.
+        """
+        if name:
+            self._make_policy(name)
+        async with self._lock:
+            fence = await self._lead_or_refuse()
+            await self._desired.save_policy(name, fence)
+            self._use_policy(name)
+        self._poke()
+        return self.core.policy.name
+
+    @property
+    def configured_policy(self) -> str:
+        """The policy that decides while none is set."""
+        return self._configured.name
 
     async def _lead_or_refuse(self) -> Fence:
         fence = await self._lead()
@@ -245,6 +311,7 @@ class ScalerApp:
             if not self.leading:
                 records, paused = await self._desired.load()
                 self.core.load(records, paused=paused)
+                self._use_policy(await self._desired.load_policy())
 
     async def changes(self) -> AsyncIterator[None]:
         """Yields at once and whenever a desired state may have changed."""
@@ -259,13 +326,21 @@ class ScalerApp:
 
     def _log_decision(self, decision: Decision, revision: int, unix_ns: int, origin: str) -> None:
         event = self.core.functions.get(decision.function)
-        policy = self.core.policy.name if origin == "policy" else ""
+        policy = self.core.policy.name if origin != "manual" else ""
         self.log.add(LoggedDecision(decision, unix_ns, revision, origin, policy, event.spec.slo_ms if event else 0))
-        if decision.actions:
+        if decision.actions and origin != ADVISORY:
             acts = ", ".join(
                 f"{a.kind.value} {a.instance} {a.from_permille}→{a.to_permille} ‰" for a in decision.actions
             )
-            _log.info("%s r%d (%s): %s: %s", decision.function, revision, origin, acts, decision.reason)
+            _log.info(
+                "%s r%d (%s): %s: %s",
+                decision.function,
+                revision,
+                origin,
+                acts,
+                decision.reason,
+                extra=about(function=decision.function),
+            )
 
     def _wait_for(self, what: str) -> None:
         """Says once that decisions wait, and once that they go on."""
@@ -274,18 +349,3 @@ class ScalerApp:
         elif not what and self._waiting_for:
             _log.info("decisions go on")
         self._waiting_for = what
-
-
-def _attributes(decision: Decision, record: DesiredRecord) -> dict[str, str | int | float]:
-    attributes: dict[str, str | int | float] = {
-        "function": decision.function,
-        "revision": record.revision,
-        "reason": decision.reason,
-        "capacity_rps": decision.capacity_rps,
-        "queued_items_count": decision.queued_items_count,
-    }
-    if decision.observed_rps is not None:
-        attributes["observed_rps"] = decision.observed_rps
-    if decision.predicted_rps is not None:
-        attributes["predicted_rps"] = decision.predicted_rps
-    return attributes

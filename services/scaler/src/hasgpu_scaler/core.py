@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hasgpu_core.cluster import FunctionView
+from hasgpu_core.cluster import ClusterSnapshot, FunctionView
 from hasgpu_core.errors import NotFoundError
 from hasgpu_core.events import DesiredInstance, FunctionEvent, InstanceEvent
 from hasgpu_core.observe import ClusterObserver
@@ -14,6 +14,7 @@ from hasgpu_core.ports import Clock
 from hasgpu_core.resources import InstanceState
 
 from hasgpu_scaler.manual import ManualRequest, decide_manual
+from hasgpu_scaler.recorder import Recorder
 from hasgpu_scaler.records import DesiredRecord, sort_instances
 
 DELETE_GRACE_S = 2.0
@@ -29,10 +30,14 @@ class ScalerCore:
     the record made from it, once that is stored, and is taken back with `roll_back` when it could not be.
     """
 
-    def __init__(self, *, policy: ScalingPolicy, observer: ClusterObserver, clock: Clock) -> None:
+    def __init__(
+        self, *, policy: ScalingPolicy, observer: ClusterObserver, clock: Clock, recorder: Recorder | None = None
+    ) -> None:
         self.policy = policy
         self.observer = observer
         self._clock = clock
+        self._recorder = recorder
+        self._advised: tuple[Decision, ...] = ()
         self._state = PolicyState()
         self._before = PolicyState()
         self._records: dict[str, DesiredRecord] = {}
@@ -90,14 +95,28 @@ class ScalerCore:
             self._states.pop(function, None)
         return known
 
-    def has_ready(self, function: str) -> bool:
-        """Whether an instance of the function serves now."""
-        return InstanceState.READY in self._states.get(function, {}).values()
-
     # What is decided.
 
+    def set_policy(self, policy: ScalingPolicy) -> None:
+        """Lets another policy decide from the next pass on; it starts without memory, which delays shrinking."""
+        self.policy = policy
+        self._state = self._before = PolicyState()
+
+    def stop_recording(self) -> None:
+        """Another process decides now."""
+        if self._recorder is not None:
+            self._recorder.stop()
+
+    @property
+    def advised(self) -> tuple[Decision, ...]:
+        """What the last tick would have done of functions in advisory mode."""
+        return self._advised
+
     def tick(self, now_s: float) -> tuple[Decision, ...]:
-        """Runs the policy on a snapshot; returns one decision a function."""
+        """Runs the policy on a snapshot; returns one decision a function that is not in advisory mode.
+
+        Those that are get theirs after all others, from the room that is left: `advised` has them.
+        """
         unix_ns = self._clock.unix_ns()
         for name in self._functions:
             record = self._records.get(name)
@@ -105,8 +124,21 @@ class ScalerCore:
         snapshot = self.observer.snapshot(now_s)
         self._views = {view.spec.name: view for view in snapshot.functions}
         self._before = self._state
-        decisions, self._state = self.policy.decide(snapshot, self._state, now_s)
+        advisory = tuple(view for view in snapshot.functions if view.spec.advisory)
+        acting = snapshot
+        if advisory:
+            acting = replace(snapshot, functions=tuple(v for v in snapshot.functions if not v.spec.advisory))
+        decisions, self._state = self.policy.decide(acting, self._state, now_s)
+        self._advised = ()
+        if advisory:
+            self._advise(replace(snapshot, functions=advisory), now_s)
+        if self._recorder is not None:
+            self._recorder.tick(self.policy.name, decisions, self._advised, now_s)
         return decisions
+
+    def _advise(self, snapshot: ClusterSnapshot, now_s: float) -> None:
+        self._advised, state = self.policy.decide(snapshot, self._before, now_s)
+        self._state = replace(self._state, functions={**self._state.functions, **state.functions})
 
     def view(self, function: str) -> FunctionView | None:
         """Returns the function as the last tick saw it."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hasgpu_core.policy.scaling import Decision
+from hasgpu_core.policy.scaling import ActionKind, Decision
 
 KEPT_COUNT = 500
 DEFAULT_LIMIT = 20
+ADVISORY = "advisory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class LoggedDecision:
     revision: int
     """Of the desired state after it."""
     origin: str
-    """"policy" or "manual"."""
+    """"policy", "manual", or "advisory": shown and not done."""
     policy: str
     """The policy's name; empty for one made by hand."""
     slo_ms: int
@@ -30,6 +32,10 @@ class LoggedDecision:
     def idle(self) -> bool:
         """Whether it changed nothing."""
         return not self.decision.actions
+
+
+def _says_the_same(before: LoggedDecision, after: LoggedDecision) -> bool:
+    return before.origin == after.origin and before.decision.actions == after.decision.actions
 
 
 @dataclass(slots=True)
@@ -45,11 +51,20 @@ class DecisionLog:
 
     def __init__(self) -> None:
         self._rings: dict[str, _Ring] = {}
+        self._last: dict[str, LoggedDecision] = {}
+        self._actions: dict[str, Counter[tuple[ActionKind, str]]] = {}
 
     def add(self, logged: LoggedDecision) -> None:
         """Keeps a decision; of idle ones in a row for the same reason only the newest."""
-        ring = self._rings.setdefault(logged.decision.function, _Ring())
+        function = logged.decision.function
+        self._last[function] = logged
+        self._actions.setdefault(function, Counter()).update(
+            (action.kind, logged.origin) for action in logged.decision.actions
+        )
+        ring = self._rings.setdefault(function, _Ring())
         if not logged.idle:
+            if logged.origin == ADVISORY and ring.acted and _says_the_same(ring.acted[-1], logged):
+                ring.acted.pop()  # it is said at every pass while nobody does it
             ring.acted.append(logged)
             return
         if ring.idle:
@@ -71,6 +86,15 @@ class DecisionLog:
             )
         return merged[: limit or DEFAULT_LIMIT]
 
+    def last(self, function: str) -> LoggedDecision | None:
+        """Returns the newest decision, whether it changed something or not."""
+        return self._last.get(function)
+
+    def actions_count(self, function: str) -> Mapping[tuple[ActionKind, str], int]:
+        """Returns how many changes of each kind and origin this process has decided."""
+        return self._actions.get(function, {})
+
     def forget(self, function: str) -> None:
         """Drops a deleted function's decisions."""
-        self._rings.pop(function, None)
+        for held in (self._rings, self._last, self._actions):
+            held.pop(function, None)

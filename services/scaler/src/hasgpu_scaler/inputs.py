@@ -10,6 +10,7 @@ from hasgpu_runtime import wire
 
 from hasgpu_scaler.announce import Announcer
 from hasgpu_scaler.core import ScalerCore
+from hasgpu_scaler.tracing import DecisionTraces
 
 WATCHED = ("function.>", "instance.>", "node.>", "capacity.>", "scale.vertical.>")
 SUBSCRIBED = ("demand.>", "device.>")
@@ -20,9 +21,10 @@ _log = logging.getLogger(__name__)
 class Inputs:
     """Feeds core and announcer; what can't be read is logged and left out."""
 
-    def __init__(self, core: ScalerCore, announcer: Announcer) -> None:
+    def __init__(self, core: ScalerCore, announcer: Announcer, traces: DecisionTraces) -> None:
         self._core = core
         self._announcer = announcer
+        self._traces = traces
 
     def on_change(self, change: StateChange, now_s: float) -> bool:
         """Takes a last value in; returns whether a pass is due before its time."""
@@ -44,12 +46,13 @@ class Inputs:
         return False
 
     def on_message(self, message: Message, now_s: float) -> bool:
-        """Takes demand or telemetry in; returns whether a pass is due: requests wait and nobody serves them."""
+        """Takes demand or telemetry in; returns whether a pass is due: requests wait."""
         try:
             if message.subject.startswith("demand."):
                 demand = wire.decode_demand(message.payload)
                 self._core.observer.apply_demand(demand, now_s)
-                return demand.queued_count > 0 and not self._core.has_ready(demand.function)
+                self._traces.heard(demand)
+                return demand.queued_count > 0
             self._core.observer.apply_device(wire.decode_device(message.payload), now_s)
         except InvalidError:
             _log.exception("%s can't be read and is left out", message.subject)

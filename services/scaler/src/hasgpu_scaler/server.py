@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from hasgpu.scaler.v1 import scaler_pb2, scaler_pb2_grpc
-from hasgpu_core.errors import InvalidError, UnavailableError
+from hasgpu_core.errors import InvalidError, NotFoundError, UnavailableError
+from hasgpu_core.policy.choice import LIVE_POLICIES
 from hasgpu_runtime import wire
 
+from hasgpu_scaler.adapters.recording_files import read_chunks
 from hasgpu_scaler.app import ScalerApp
 from hasgpu_scaler.decisions import KEPT_COUNT, LoggedDecision
 from hasgpu_scaler.manual import DEFAULT_HOLD_S, ManualRequest
@@ -87,6 +90,31 @@ class ScalerServicer(scaler_pb2_grpc.ScalerServiceServicer):
             )
         )
         return scaler_pb2.ManualScaleResponse(state=self._state(record))
+
+    async def GetPolicy(self, request: scaler_pb2.GetPolicyRequest, context: Any) -> scaler_pb2.GetPolicyResponse:
+        """Returns which policy decides, and those there are; raises UnavailableError."""
+        await self._app.refresh()
+        return scaler_pb2.GetPolicyResponse(
+            policy=self._app.core.policy.name, available=LIVE_POLICIES, configured=self._app.configured_policy
+        )
+
+    async def SetPolicy(self, request: scaler_pb2.SetPolicyRequest, context: Any) -> scaler_pb2.SetPolicyResponse:
+        """Lets another policy decide; may be repeated. Raises NotFoundError, UnavailableError."""
+        return scaler_pb2.SetPolicyResponse(policy=await self._app.set_policy(request.policy))
+
+    async def ReadRecording(
+        self, request: scaler_pb2.ReadRecordingRequest, context: Any
+    ) -> AsyncIterator[scaler_pb2.ReadRecordingResponse]:
+        """Yields the segments of this process's host that hold a stretch of time; raises NotFoundError."""
+        files = self._app.recordings
+        if files is None:
+            raise NotFoundError("recording", "", "this scaler records nothing: HASGPU_SCALER_RECORDING_MIB is 0")
+        chosen = files.segments(request.from_unix_ns, request.to_unix_ns)
+        if not chosen:
+            raise NotFoundError("recording", "of that time", f"segments lie in {files.folder}")
+        chunks = read_chunks(chosen)
+        while chunk := await asyncio.to_thread(next, chunks, b""):
+            yield scaler_pb2.ReadRecordingResponse(data=chunk)
 
     def _state(self, record: DesiredRecord) -> scaler_pb2.DesiredState:
         return scaler_pb2.DesiredState(

@@ -12,6 +12,7 @@ from hasgpu_runtime.service import Service, run_service
 from hasgpu_scheduler.adapters.plan_store import PlanStore
 from hasgpu_scheduler.app import SchedulerApp
 from hasgpu_scheduler.core import SchedulerCore
+from hasgpu_scheduler.metering import LOOP, watch_scheduler
 from hasgpu_scheduler.server import SchedulerServicer
 from hasgpu_scheduler.settings import SchedulerSettings, load
 
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 async def body(service: Service[SchedulerSettings]) -> None:
     """Plans and serves until told to stop."""
     settings = service.settings
-    loop = ReconcileLoop(service.clock, settings.period_s, name="scheduler", pause_s=PAUSE_S)
+    loop = ReconcileLoop(service.clock, settings.period_s, name=LOOP, pause_s=PAUSE_S, metrics=service.metrics)
 
     def leadership_changed() -> None:
         app.leadership_changed()
@@ -37,12 +38,15 @@ async def body(service: Service[SchedulerSettings]) -> None:
             bus=service.bus,
             plans=PlanStore(service.store),
             clock=service.clock,
-            core=SchedulerCore(node_timeout_s=settings.node_timeout_s, silence_s=settings.silence_s),
+            core=SchedulerCore(
+                node_timeout_s=settings.node_timeout_s, silence_s=settings.silence_s, moving=settings.moving
+            ),
             telemetry=service.telemetry,
             fence=lambda: lease.fence,
             fenced=lease.lost,
             poke=loop.poke,
         )
+        watch_scheduler(service.metrics, app)
         server = service.create_server()
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerServicer(app), server)
         await server.start()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 from hasgpu_core.errors import ConflictError, FencedError, InvalidError, UnavailableError
 from hasgpu_core.events import PlanEvent, plan_subject
 from hasgpu_core.ports import Bus, CaughtUp, Clock, Command, Fence, StateChange
+from hasgpu_runtime import trace_catalogue as names
 from hasgpu_runtime import wire
+from hasgpu_runtime.bus.traced import messaging
 from hasgpu_runtime.leader import NOT_LEADING
+from hasgpu_runtime.logs import about
 from hasgpu_runtime.tasks import end_task
-from hasgpu_runtime.telemetry import Telemetry
+from hasgpu_runtime.telemetry import Attribute, Span, Telemetry
 
 from hasgpu_scheduler.adapters.plan_store import PlanStore
-from hasgpu_scheduler.core import SchedulerCore
+from hasgpu_scheduler.core import PassResult, SchedulerCore
+from hasgpu_scheduler.moving import Happening
 
 WATCHED = ("node.>", "instance.>", "plan.>")
 COMMANDS = "scale.horizontal.>"
@@ -57,6 +62,8 @@ class SchedulerApp:
         self._loaded_token: int | None = None
         self._lock = asyncio.Lock()
         self._headers: dict[str, Mapping[str, str]] = {}
+        self._causes: dict[str, tuple[str, str]] = {}
+        """By function: subject and traceparent of a command, or of a change of share, that no pass has followed yet."""
         self._leads = asyncio.Event()
         self._not_leads = asyncio.Event()
         self._waiting_for = ""
@@ -66,6 +73,11 @@ class SchedulerApp:
     def leading(self) -> bool:
         """Whether this process decides now."""
         return self._fence() is not None
+
+    @property
+    def waiting_for(self) -> str:
+        """Why nothing is decided now, in words; empty: nothing stands in the way."""
+        return self._waiting_for
 
     async def wait_caught_up(self) -> None:
         """Returns once all last values have been read."""
@@ -99,7 +111,11 @@ class SchedulerApp:
                 case "instance" if change.payload is None:
                     return self.core.on_instance_gone(rest.partition(".")[2])
                 case "instance":
-                    return self.core.on_instance(wire.decode_instance(change.payload or b""))
+                    event = wire.decode_instance(change.payload or b"")
+                    cause = self._telemetry.extract(change.headers)
+                    if cause:
+                        self._causes.setdefault(event.function, (change.subject, cause))
+                    return self.core.on_instance(event)
                 case "plan":
                     plan = wire.decode_plan(change.payload) if change.payload is not None else None
                     self.core.on_announced(rest, plan)
@@ -153,10 +169,18 @@ class SchedulerApp:
                     await command.retry(COMMAND_RETRY_S)
                     return
                 if self.core.is_stale(event):
-                    _log.info("%s: revision %d is older than the last, left out", event.function, event.revision)
+                    _log.info(
+                        "%s: revision %d is older than the last, left out",
+                        event.function,
+                        event.revision,
+                        extra=about(function=event.function),
+                    )
                 else:
                     await self._plans.save_wanted(event, fence)
                     self.core.accept(event, self.clock.now_s())
+                    cause = self._telemetry.extract(command.headers)
+                    if cause:
+                        self._causes[event.function] = (command.subject, cause)
                     _log.info(
                         "%s r%d: %d instances wanted: %s",
                         event.function,
@@ -169,41 +193,34 @@ class SchedulerApp:
                 await command.retry(COMMAND_RETRY_S)
                 return
         await command.ack()
-        await self.run_pass(parent=self._telemetry.extract(command.headers))
+        await self.run_pass()
 
     # The pass.
 
-    async def run_pass(self, parent: str = "") -> None:
-        """Decides and acts once; while bus or store are away it says so and leaves everything as it is.
-
-        Args:
-            parent: The traceparent of what made it due; "" for none.
-        """
+    async def run_pass(self) -> None:
+        """Decides and acts once; while bus or store are away it says so and leaves everything as it is."""
         async with self._lock:
             try:
-                await self._pass(parent)
+                await self._pass()
             except (UnavailableError, ConflictError, FencedError) as error:
                 self._on_failure(error)
 
-    async def _pass(self, parent: str) -> None:
+    async def _pass(self) -> None:
         fence = await self._lead()
         if fence is None:
             return
         now_s = self.clock.now_s()
         result = self.core.decide(now_s, fencing_token=fence.token)
-        for node in result.lost:
-            _log.warning("node %s is lost: no heartbeat", node)
-        for node in result.returned:
-            _log.info("node %s is back", node)
+        self._tell(result.happenings)
         if result.plans:
-            with self._telemetry.span("scheduler.plan", parent=parent or None) as span:
-                span.set("nodes", [plan.node for plan in result.plans])
-                span.set("unplaced_count", len(result.unplaced))
+            with self._span(result):
                 for plan in result.plans:
                     await self._plans.save_plan(plan, fence)
                     self.core.commit(plan)
                     self._headers[plan.node] = self._telemetry.inject()
-                    _log.info("plan %s r%d: %s", plan.node, plan.revision, plan.reason)
+                    _log.info("plan %s r%d: %s", plan.node, plan.revision, plan.reason, extra=about(node=plan.node))
+        unplaced = {item.function for item in result.unplaced}
+        self._causes = {name: cause for name, cause in self._causes.items() if name in unplaced}
         await self._announce()
         for function in self.core.to_forget(now_s):
             await self._plans.delete_wanted(function, fence)
@@ -211,6 +228,30 @@ class SchedulerApp:
         for plan in self.core.suspects(now_s):
             await self._put(plan)
         self._wait_for("")
+
+    def _span(self, result: PassResult) -> AbstractContextManager[Span]:
+        """A span in the trace of the first command that the plans follow, linked with those of the others."""
+        attributes: dict[str, Attribute] = {
+            names.NODES: [plan.node for plan in result.plans],
+            names.UNPLACED_COUNT: len(result.unplaced),
+            names.REASON: "; ".join(plan.reason for plan in result.plans),
+        }
+        causes = list(self._causes.values())
+        if not causes:
+            return self._telemetry.span("scheduler.plan", attributes=attributes)
+        (subject, parent), *others = causes
+        attributes |= messaging(subject, "process", "process")
+        links = [traceparent for _, traceparent in others]
+        return self._telemetry.span(
+            "scheduler.plan", parent=parent, links=links, attributes=attributes, kind="consumer"
+        )
+
+    def _tell(self, happenings: Iterable[Happening]) -> None:
+        """Logs what happened and keeps it to be shown."""
+        for happening in happenings:
+            level = logging.WARNING if happening.kind in ("node-lost", "unplaced", "move-given-up") else logging.INFO
+            _log.log(level, "%s: %s", happening.kind, happening.reason)
+            self.core.happenings.append((self.clock.unix_ns(), happening))
 
     async def _announce(self) -> None:
         """Puts the stored plans that the bus does not hold; raises UnavailableError, the next pass goes on."""

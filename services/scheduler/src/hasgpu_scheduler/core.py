@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hasgpu_core.events import HorizontalScaleEvent, InstanceEvent, NodeEvent, PlanEvent, PlannedInstance
 from hasgpu_core.policy.placement import NoRoom, Placement, place
-from hasgpu_core.resources import Allocation
+from hasgpu_core.resources import Allocation, DeviceHealth, InstanceState
 
 from hasgpu_scheduler.binding import Binding, NodeView, Unplaced, bind, device_states
+from hasgpu_scheduler.moving import Happening, Migrator, MovingSettings, UnderWay
+from hasgpu_scheduler.whatif import Hypothesis, Outcome, suppose
 
 TOMBSTONE_S = 600.0
 """How long a deleted function's last revision is remembered, so that a late command of it is known to be stale."""
+REMEMBERED = 1_000
+"""Happenings that are kept to be shown."""
+_HAS_WEIGHTS = (InstanceState.LOADING, InstanceState.READY, InstanceState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +42,21 @@ class PassResult:
     """Nodes declared lost in this pass."""
     returned: tuple[str, ...]
     """Nodes heard of again since the last pass."""
+    happenings: tuple[Happening, ...] = ()
+    """What is worth telling of this pass, oldest first."""
 
 
 class SchedulerCore:
     """The scheduler's state machine; one task drives it."""
 
-    def __init__(self, *, node_timeout_s: float, silence_s: float) -> None:
+    def __init__(self, *, node_timeout_s: float, silence_s: float, moving: MovingSettings | None = None) -> None:
         """Starts empty.
 
         Args:
             node_timeout_s: a node without a new heartbeat for this long is lost.
             silence_s: when nothing at all was heard for this long, it is the bus that was away: no node is blamed,
                 and all get a whole `node_timeout_s` from its return on.
+            moving: What is moved, and how often; None: as `MovingSettings` has it.
         """
         self._node_timeout_s = node_timeout_s
         self._silence_s = silence_s
@@ -60,6 +69,13 @@ class SchedulerCore:
         self._reported: dict[str, InstanceEvent] = {}
         self._unplaced: tuple[Unplaced, ...] = ()
         self._changed_nodes: set[str] = set()
+        self._moving = moving or MovingSettings()
+        self._migrator = Migrator(self._moving)
+        self._degraded_s: dict[tuple[str, str], float] = {}
+        self._warm: dict[str, set[str]] = {}
+        self._told_unplaced: dict[str, str] = {}
+        self.happenings: deque[tuple[int, Happening]] = deque(maxlen=REMEMBERED)
+        """What was told lately, with the time in nanoseconds since 1970; the shell fills it in."""
 
     # What comes in.
 
@@ -75,6 +91,7 @@ class SchedulerCore:
         }
         for name in self._plans:
             self._nodes.setdefault(name, NodeRecord(None, now_s, alive=True))
+        self._migrator.reset()
 
     def heard(self, now_s: float) -> None:
         """Notes that the bus delivers; after a silence all nodes get a new grace."""
@@ -94,6 +111,7 @@ class SchedulerCore:
         if old is not None and not old.alive and old.event == event:
             return False  # the last words of a lost node, delivered again
         self._nodes[event.node] = NodeRecord(event, now_s, alive=True)
+        self._note_health(event, now_s)
         changed = (
             old is None
             or not old.alive
@@ -114,6 +132,8 @@ class SchedulerCore:
         """Takes an instance's status in; returns whether its share or state differs from what was known."""
         old = self._reported.get(event.instance)
         self._reported[event.instance] = event
+        if event.state in _HAS_WEIGHTS and event.node:
+            self._warm.setdefault(event.function, set()).add(event.node)
         return old is None or (old.allocation_revision, old.state) != (event.allocation_revision, event.state)
 
     def on_instance_gone(self, instance: str) -> bool:
@@ -148,7 +168,15 @@ class SchedulerCore:
         The changed plans take effect here when `commit` is called with each, once it is stored.
         """
         lost = self._lapse(now_s)
-        binding = bind(self.views(), self._wanted, self.planned(), self._reported)
+        views = self.views(now_s)
+        warm = self._warm_nodes()
+        binding = bind(views, self._wanted, self.planned(), self._reported, warm)
+        moved = self._migrator.step(now_s, binding, views, self._reported, warm)
+        stuck = {item.desired.instance for item in moved.stuck}
+        unplaced = tuple(item for item in binding.unplaced if item.desired.instance not in stuck) + moved.stuck
+        binding = Binding(moved.plans, unplaced, {**binding.notes, **moved.notes})
+        returned = tuple(sorted(self._changed_nodes))
+        happenings = (*self._told(binding, moved.notes, lost, returned), *moved.happenings)
         self._unplaced = binding.unplaced
         changed = [
             PlanEvent(
@@ -162,9 +190,8 @@ class SchedulerCore:
             if node not in self._plans or self._plans[node].instances != instances
         ]
         changed.sort(key=lambda plan: (not self._gives_up(plan), plan.node))
-        returned = tuple(sorted(self._changed_nodes))
         self._changed_nodes.clear()
-        return PassResult(tuple(changed), binding.unplaced, lost, returned)
+        return PassResult(tuple(changed), binding.unplaced, lost, returned, happenings)
 
     def commit(self, plan: PlanEvent) -> None:
         """Notes that a plan is stored: it is the truth from now on."""
@@ -189,6 +216,7 @@ class SchedulerCore:
     def forget(self, function: str) -> None:
         """Drops a deleted function."""
         self._wanted.pop(function, None)
+        self._warm.pop(function, None)
         self._emptied_s.pop(function, None)
 
     def suspects(self, now_s: float) -> tuple[PlanEvent, ...]:
@@ -224,17 +252,64 @@ class SchedulerCore:
         """The last accepted command of each function."""
         return self._wanted
 
-    def views(self) -> dict[str, NodeView]:
+    @property
+    def moves(self) -> tuple[UnderWay, ...]:
+        """The moves under way, as of the last pass."""
+        return self._migrator.under_way
+
+    def views(self, now_s: float) -> dict[str, NodeView]:
         """Returns the nodes as placement sees them."""
-        return {name: NodeView(record.event, record.alive) for name, record in self._nodes.items()}
+        shunned: dict[str, set[str]] = {}
+        for (node, gpu), since_s in self._degraded_s.items():
+            if now_s - since_s >= self._moving.degraded_after_s:
+                shunned.setdefault(node, set()).add(gpu)
+        return {
+            name: NodeView(record.event, record.alive, frozenset(shunned.get(name, ())))
+            for name, record in self._nodes.items()
+        }
 
     def planned(self) -> dict[str, tuple[PlannedInstance, ...]]:
         """Returns what each node's plan holds."""
         return {node: plan.instances for node, plan in self._plans.items()}
 
-    def what_if(self, allocation: Allocation) -> Placement | NoRoom:
+    def what_if(self, allocation: Allocation, now_s: float) -> Placement | NoRoom:
         """Returns where an allocation would go now; changes nothing."""
-        return place(allocation, device_states(self.views(), self.planned()))
+        shown = {node: plan.instances for node, plan in self.shown_plans.items()}
+        return place(allocation, device_states(self.views(now_s), shown))
+
+    def suppose(self, hypothesis: Hypothesis, now_s: float) -> Outcome:
+        """Returns what a pass would do if things were otherwise; changes nothing. Raises as `whatif.suppose`."""
+        shown = {node: plan.instances for node, plan in self.shown_plans.items()}
+        return suppose(hypothesis, self.views(now_s), self._wanted, shown, self._reported, self._warm_nodes())
+
+    def _warm_nodes(self) -> dict[str, frozenset[str]]:
+        return {function: frozenset(nodes) for function, nodes in self._warm.items()}
+
+    def _note_health(self, event: NodeEvent, now_s: float) -> None:
+        """Notes since when each device of a node has been degraded."""
+        degraded = {(event.node, d.gpu) for d in event.devices if d.health is DeviceHealth.DEGRADED}
+        for key in [key for key in self._degraded_s if key[0] == event.node and key not in degraded]:
+            del self._degraded_s[key]
+        for key in degraded:
+            self._degraded_s.setdefault(key, now_s)
+
+    def _told(
+        self, binding: Binding, of_moves: Mapping[str, str], lost: tuple[str, ...], returned: tuple[str, ...]
+    ) -> list[Happening]:
+        """What this pass does, in words; what finds no place is told once, and again when the reason changes."""
+        out = [Happening("node-lost", f"node {node} is lost: no heartbeat", node=node) for node in lost]
+        out += [Happening("node-back", f"node {node} is back", node=node) for node in returned]
+        for node, entries in binding.plans.items():
+            for p in entries:
+                if p.instance in binding.notes and p.instance not in of_moves:
+                    out.append(Happening("placed", binding.notes[p.instance], p.function, p.instance, node))
+        reasons = {item.desired.instance: item.reason for item in binding.unplaced}
+        for item in binding.unplaced:
+            instance = item.desired.instance
+            if self._told_unplaced.get(instance) != item.reason:
+                out.append(Happening("unplaced", f"{instance}: {item.reason}", item.function, instance))
+        self._told_unplaced = reasons
+        return out
 
     def _lapse(self, now_s: float) -> tuple[str, ...]:
         """Declares lost who was silent for too long while the bus was not."""
@@ -270,7 +345,11 @@ class SchedulerCore:
         gone = [instance for instance in old if instance not in new]
         if gone:
             parts.append(f"{', '.join(gone)} out" + (f" (node {node} is lost)" if node in lost else ""))
-        changed = [f"{i} {new[i].allocation.request_permille} ‰" for i in new if i in old and new[i] != old[i]]
+        kept = [i for i in new if i in old]
+        parts += [binding.notes[i] for i in kept if i in binding.notes and new[i] != old[i]]
+        changed = [
+            f"{i} {new[i].allocation.request_permille} ‰" for i in kept if new[i].allocation != old[i].allocation
+        ]
         if changed:
             parts.append(f"shares: {', '.join(changed)}")
         return "; ".join(parts) or "runs nothing yet"

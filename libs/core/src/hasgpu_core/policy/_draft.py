@@ -98,6 +98,7 @@ class Draft:
         self.function = function
         self.next_ordinal = function.next_ordinal
         self._headroom_permille = headroom_permille
+        self._sorted: list[Share] | None = None
         self._shares = {
             view.instance: Share(
                 instance=view.instance,
@@ -114,7 +115,13 @@ class Draft:
     @property
     def shares(self) -> list[Share]:
         """All of them, by id."""
-        return [self._shares[name] for name in sorted(self._shares)]
+        if self._sorted is None:
+            self._sorted = [self._shares[name] for name in sorted(self._shares)]
+        return self._sorted
+
+    def share(self, instance: str) -> Share:
+        """Returns one by its id."""
+        return self._shares[instance]
 
     @property
     def active(self) -> list[Share]:
@@ -190,6 +197,7 @@ class Draft:
         self.next_ordinal += 1
         allocation = self.allocation(sm_pct, request_permille)
         share = self._shares[name] = Share(name, allocation, standby, None, device_model)
+        self._sorted = None
         return share
 
     def allocation(self, sm_pct: int, request_permille: int) -> Allocation:
@@ -200,6 +208,7 @@ class Draft:
     def remove(self, share: Share) -> None:
         """Takes an instance out."""
         del self._shares[share.instance]
+        self._sorted = None
 
     def desired(self) -> tuple[DesiredInstance, ...]:
         """Returns the whole set, sorted by id."""

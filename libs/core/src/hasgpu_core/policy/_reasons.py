@@ -34,7 +34,7 @@ def change_words(action: Action, draft: Draft) -> str:
     """What one action does."""
     if action.kind is ActionKind.HORIZONTAL_DOWN:
         return f"{action.instance} goes (SM {action.sm_pct} %, quota {pct(action.from_permille)})"
-    share = next(share for share in draft.shares if share.instance == action.instance)
+    share = draft.share(action.instance)
     if action.kind is ActionKind.HORIZONTAL_UP:
         kind = "standby" if share.standby else "instance"
         return f"new {kind} {action.instance} (SM {action.sm_pct} %, quota {pct(action.to_permille)})"

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import nats.aio.client
 import nats.errors
@@ -18,12 +19,13 @@ from hasgpu_core.events import COMMAND_SUBJECTS, STATE_SUBJECTS
 from hasgpu_core.ports import CaughtUp, Clock, Command, Message, StateChange
 from nats.aio.msg import Msg
 
-from hasgpu_runtime.bus import nats_streams
+from hasgpu_runtime.bus import nats_checks, nats_streams
 from hasgpu_runtime.bus.nats_artifacts import ArtifactBucket
 from hasgpu_runtime.bus.nats_commands import CommandReader
 from hasgpu_runtime.bus.nats_watch import DELETED_HEADER, Watch, own_headers
 from hasgpu_runtime.bus.queues import DroppingQueue
 from hasgpu_runtime.bus.subjects import check_covered, check_listenable, check_pattern, check_subject, matches
+from hasgpu_runtime.diagnosis import Look
 from hasgpu_runtime.urls import without_secret
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ CONNECT_TIMEOUT_S = 30.0
 """How long a service that starts waits for the broker."""
 WAIT_S = 3.0
 """How long a call waits for the broker to return, and then for its answer."""
+_REFUSED = "authorization"
+"""In what the client raises when the server does not take the user or the password."""
 TOMBSTONE_TTL_S = 60
 """How long a deletion stays in the stream; who was away for longer misses the subject among the last values."""
 
@@ -71,6 +75,16 @@ class NatsBus:
     def connected(self) -> bool:
         """Whether the broker is there now."""
         return self._connected.is_set() and bool(self._client.is_connected)
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What every service looks at when it is asked how it is."""
+        return (Look("NATS", lambda: nats_checks.check_server(self._client, self._where)),)
+
+    @property
+    def stream_looks(self) -> tuple[Look, ...]:
+        """What one service looks at for all."""
+        return (Look("streams", lambda: nats_checks.check_streams(self._js)),)
 
     async def put(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
         """Sets the last value of a STATE subject."""
@@ -199,7 +213,8 @@ class NatsBus:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._client.connect(
-                    self._url,
+                    self._where,
+                    **_credentials(self._url),
                     name=self._name,
                     error_cb=self._on_error,
                     disconnected_cb=self._on_disconnected,
@@ -231,6 +246,12 @@ class NatsBus:
         await _quietly(self._client.close())
 
     async def _on_error(self, error: Exception) -> None:
+        if not self._connected.is_set() and _REFUSED in str(error).lower():
+            # Leaves the client's endless attempts to connect: no waiting makes a wrong password right.
+            raise UnavailableError(
+                f"NATS at {self._where} refuses the user or the password: HASGPU_NATS_URL and "
+                "HASGPU_NATS_PASSWORD_FILE must name what the server was given"
+            )
         _log.debug("NATS at %s: %r", self._where, error)
 
     async def _on_disconnected(self) -> None:
@@ -254,6 +275,13 @@ def _receiver(queue: DroppingQueue[Message], earlier: tuple[str, ...]) -> Any:
             queue.put(Message(message.subject, message.data, own_headers(message.headers)))
 
     return receive
+
+
+def _credentials(url: str) -> dict[str, str]:
+    """User and password as the client's options: left in the URL, it would send them percent-encoded."""
+    parts = urlsplit(url)
+    given = {"user": parts.username, "password": parts.password}
+    return {name: unquote(value) for name, value in given.items() if value is not None}
 
 
 async def _quietly(closing: Any) -> None:

@@ -16,6 +16,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from hasgpu_runtime.clock import SystemClock
+from hasgpu_runtime.diagnosis import Look
+from hasgpu_runtime.layout import LAYOUT, check_layout
+from hasgpu_runtime.store.redis_checks import check_redis
 from hasgpu_runtime.urls import without_secret
 
 _log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ _ATTEMPTS = 3
 
 _REVISION = "hasgpu-store:revision"
 """One counter for all keys, so that a key's revisions never repeat, deletions or not."""
+_LAYOUT = "hasgpu-store:layout"
 _LEASE = "hasgpu-store:lease:"
 _TOKEN = "hasgpu-store:lease-token:"  # noqa: S105  a fencing token's key, no secret
 
@@ -100,7 +104,8 @@ class RedisStore:
     ) -> AsyncIterator[Self]:
         """Waits for the server, and closes the connections at the end.
 
-        Raises UnavailableError, naming the URL without its password, when there is no answer within `timeout_s`.
+        Raises UnavailableError, naming the URL without its password, when there is no answer within `timeout_s` or the
+        password is wrong, UnsupportedError when another version's state is there.
         """
         clock = clock if clock is not None else SystemClock()
         try:
@@ -112,6 +117,11 @@ class RedisStore:
             yield store
         finally:
             await store._client.aclose()
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What a service looks at when it is asked how it is."""
+        return (Look("Redis", lambda: check_redis(self._client, self._where)),)
 
     async def get(self, key: str) -> Versioned | None:
         """Returns the value, or None when the key is absent."""
@@ -173,13 +183,22 @@ class RedisStore:
         while True:
             try:
                 await self._client.ping()
-                return
-            except (redis.exceptions.AuthenticationError, redis.exceptions.ResponseError) as error:
+                # What has no mark yet is of layout 1: it is new, or from before there were marks.
+                await self._client.set(_LAYOUT, LAYOUT, nx=True)
+                found = await self._client.get(_LAYOUT)
+                break
+            except redis.exceptions.AuthenticationError as error:
+                raise UnavailableError(
+                    f"Redis at {self._where} refuses the user or the password ({error}): HASGPU_REDIS_URL and "
+                    "HASGPU_REDIS_PASSWORD_FILE must name what the server was given"
+                ) from error
+            except redis.exceptions.ResponseError as error:
                 raise UnavailableError(f"can't use Redis at {self._where}: {error}") from error
             except (redis.exceptions.RedisError, OSError, TimeoutError) as error:
                 if clock.now_s() > deadline_s:
                     raise UnavailableError(f"no Redis at {self._where} within {timeout_s:.0f} s: {error}") from error
             await clock.sleep(0.1)
+        check_layout(f"Redis at {self._where}", found.decode(errors="replace"))
 
 
 def _keys(key: str, fence: Fence | None) -> list[str]:

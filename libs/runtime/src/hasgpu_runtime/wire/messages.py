@@ -371,6 +371,8 @@ def planned_instance_to_proto(value: PlannedInstance) -> events_pb2.PlannedInsta
         allocation=allocation_to_proto(value.allocation),
         allocation_revision=value.allocation_revision,
         standby=value.standby,
+        moving_from=value.moving_from,
+        moving_to=value.moving_to,
     )
 
 
@@ -385,6 +387,8 @@ def planned_instance_from_proto(wire: events_pb2.PlannedInstance) -> PlannedInst
         allocation=allocation_from_proto(wire.allocation),
         allocation_revision=wire.allocation_revision,
         standby=wire.standby,
+        moving_from=wire.moving_from,
+        moving_to=wire.moving_to,
     )
 
 

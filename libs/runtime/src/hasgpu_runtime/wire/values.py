@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hasgpu.common.v1 import common_pb2
 from hasgpu_core.errors import InvalidError
-from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, TensorSpec
+from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, TensorSpec, slo_class_of
 from hasgpu_core.resources import Allocation, DeviceHealth, DeviceInfo, InstanceState, Row
 
 _FORMAT_TO_PROTO: Mapping[ModelFormat, common_pb2.ModelFormat.ValueType] = {
@@ -139,6 +139,9 @@ def spec_to_proto(value: FunctionSpec) -> common_pb2.FunctionSpec:
         max_queue=value.max_queue,
         parameters=dict(value.parameters),
         execution_timeout_ms=value.execution_timeout_ms,
+        advisory=value.advisory,
+        slo_class=value.slo_class.value,
+        weight=value.weight,
     )
 
 
@@ -165,6 +168,9 @@ def spec_from_proto(wire: common_pb2.FunctionSpec) -> FunctionSpec:
         max_queue=wire.max_queue,
         parameters=dict(wire.parameters),
         execution_timeout_ms=wire.execution_timeout_ms,
+        advisory=wire.advisory,
+        slo_class=slo_class_of(wire.slo_class),
+        weight=wire.weight or 100,
     )
 
 

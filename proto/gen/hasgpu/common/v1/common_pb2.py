@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhasgpu/common/v1/common.proto\x12\x10hasgpu.common.v1\"d\n\nAllocation\x12\x0e\n\x06sm_pct\x18\x01 \x01(\r\x12\x18\n\x10request_permille\x18\x02 \x01(\r\x12\x16\n\x0elimit_permille\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\".\n\x08\x41rtifact\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xaf\x04\n\x0c\x46unctionSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.hasgpu.common.v1.ModelFormat\x12,\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x1a.hasgpu.common.v1.Artifact\x12\r\n\x05\x65ntry\x18\x04 \x01(\t\x12,\n\x06inputs\x18\x05 \x03(\x0b\x32\x1c.hasgpu.common.v1.TensorSpec\x12-\n\x07outputs\x18\x06 \x03(\x0b\x32\x1c.hasgpu.common.v1.TensorSpec\x12\x0e\n\x06slo_ms\x18\x07 \x01(\r\x12\x14\n\x0cslo_permille\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\x15\n\rmin_instances\x18\x0b \x01(\r\x12\x15\n\rmax_instances\x18\x0c \x01(\r\x12\x0f\n\x07standby\x18\r \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x04\x12\x11\n\tmax_queue\x18\x0f \x01(\r\x12\x42\n\nparameters\x18\x10 \x03(\x0b\x32..hasgpu.common.v1.FunctionSpec.ParametersEntry\x12\x1c\n\x14\x65xecution_timeout_ms\x18\x11 \x01(\r\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x03Row\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06sm_pct\x18\x02 \x01(\r\x12\x15\n\rused_permille\x18\x03 \x01(\r\"\x92\x02\n\x06\x44\x65vice\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0b\n\x03gpu\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x14\n\x0csm_rungs_pct\x18\x06 \x03(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12\x0c\n\x04mode\x18\x08 \x01(\t\x12\x0c\n\x04uuid\x18\t \x01(\t\x12\x10\n\x08sm_count\x18\n \x01(\r\x12\x16\n\x0esm_granule_pct\x18\x0b \x01(\r\x12.\n\x06health\x18\x0c \x01(\x0e\x32\x1e.hasgpu.common.v1.DeviceHealth\x12\x15\n\rhealth_reason\x18\r \x01(\t*\x81\x01\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_FORMAT_PYTHON\x10\x01\x12\x1c\n\x18MODEL_FORMAT_TORCHSCRIPT\x10\x02\x12\x1d\n\x19MODEL_FORMAT_TORCH_EXPORT\x10\x03*\xd5\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_PENDING\x10\x01\x12\x1a\n\x16INSTANCE_STATE_LOADING\x10\x02\x12\x18\n\x14INSTANCE_STATE_READY\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x1a\n\x16INSTANCE_STATE_STOPPED\x10\x05\x12\x19\n\x15INSTANCE_STATE_FAILED\x10\x06*w\n\x0c\x44\x65viceHealth\x12\x1d\n\x19\x44\x45VICE_HEALTH_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44\x45VICE_HEALTH_OK\x10\x01\x12\x1a\n\x16\x44\x45VICE_HEALTH_DEGRADED\x10\x02\x12\x16\n\x12\x44\x45VICE_HEALTH_LOST\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dhasgpu/common/v1/common.proto\x12\x10hasgpu.common.v1\"d\n\nAllocation\x12\x0e\n\x06sm_pct\x18\x01 \x01(\r\x12\x18\n\x10request_permille\x18\x02 \x01(\r\x12\x16\n\x0elimit_permille\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\".\n\x08\x41rtifact\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xe4\x04\n\x0c\x46unctionSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.hasgpu.common.v1.ModelFormat\x12,\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x1a.hasgpu.common.v1.Artifact\x12\r\n\x05\x65ntry\x18\x04 \x01(\t\x12,\n\x06inputs\x18\x05 \x03(\x0b\x32\x1c.hasgpu.common.v1.TensorSpec\x12-\n\x07outputs\x18\x06 \x03(\x0b\x32\x1c.hasgpu.common.v1.TensorSpec\x12\x0e\n\x06slo_ms\x18\x07 \x01(\r\x12\x14\n\x0cslo_permille\x18\x08 \x01(\r\x12\x12\n\ntimeout_ms\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\x15\n\rmin_instances\x18\x0b \x01(\r\x12\x15\n\rmax_instances\x18\x0c \x01(\r\x12\x0f\n\x07standby\x18\r \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x04\x12\x11\n\tmax_queue\x18\x0f \x01(\r\x12\x42\n\nparameters\x18\x10 \x03(\x0b\x32..hasgpu.common.v1.FunctionSpec.ParametersEntry\x12\x1c\n\x14\x65xecution_timeout_ms\x18\x11 \x01(\r\x12\x11\n\tslo_class\x18\x12 \x01(\t\x12\x0e\n\x06weight\x18\x13 \x01(\r\x12\x10\n\x08\x61\x64visory\x18\x14 \x01(\x08\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x03Row\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06sm_pct\x18\x02 \x01(\r\x12\x15\n\rused_permille\x18\x03 \x01(\r\"\x92\x02\n\x06\x44\x65vice\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0b\n\x03gpu\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x14\n\x0csm_rungs_pct\x18\x06 \x03(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x07 \x03(\t\x12\x0c\n\x04mode\x18\x08 \x01(\t\x12\x0c\n\x04uuid\x18\t \x01(\t\x12\x10\n\x08sm_count\x18\n \x01(\r\x12\x16\n\x0esm_granule_pct\x18\x0b \x01(\r\x12.\n\x06health\x18\x0c \x01(\x0e\x32\x1e.hasgpu.common.v1.DeviceHealth\x12\x15\n\rhealth_reason\x18\r \x01(\t*\x81\x01\n\x0bModelFormat\x12\x1c\n\x18MODEL_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_FORMAT_PYTHON\x10\x01\x12\x1c\n\x18MODEL_FORMAT_TORCHSCRIPT\x10\x02\x12\x1d\n\x19MODEL_FORMAT_TORCH_EXPORT\x10\x03*\xd5\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_PENDING\x10\x01\x12\x1a\n\x16INSTANCE_STATE_LOADING\x10\x02\x12\x18\n\x14INSTANCE_STATE_READY\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x1a\n\x16INSTANCE_STATE_STOPPED\x10\x05\x12\x19\n\x15INSTANCE_STATE_FAILED\x10\x06*w\n\x0c\x44\x65viceHealth\x12\x1d\n\x19\x44\x45VICE_HEALTH_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44\x45VICE_HEALTH_OK\x10\x01\x12\x1a\n\x16\x44\x45VICE_HEALTH_DEGRADED\x10\x02\x12\x16\n\x12\x44\x45VICE_HEALTH_LOST\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._loaded_options = None
   _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELFORMAT']._serialized_start=1163
-  _globals['_MODELFORMAT']._serialized_end=1292
-  _globals['_INSTANCESTATE']._serialized_start=1295
-  _globals['_INSTANCESTATE']._serialized_end=1508
-  _globals['_DEVICEHEALTH']._serialized_start=1510
-  _globals['_DEVICEHEALTH']._serialized_end=1629
+  _globals['_MODELFORMAT']._serialized_start=1216
+  _globals['_MODELFORMAT']._serialized_end=1345
+  _globals['_INSTANCESTATE']._serialized_start=1348
+  _globals['_INSTANCESTATE']._serialized_end=1561
+  _globals['_DEVICEHEALTH']._serialized_start=1563
+  _globals['_DEVICEHEALTH']._serialized_end=1682
   _globals['_ALLOCATION']._serialized_start=51
   _globals['_ALLOCATION']._serialized_end=151
   _globals['_TENSORSPEC']._serialized_start=153
@@ -46,11 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACT']._serialized_start=214
   _globals['_ARTIFACT']._serialized_end=260
   _globals['_FUNCTIONSPEC']._serialized_start=263
-  _globals['_FUNCTIONSPEC']._serialized_end=822
-  _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._serialized_start=773
-  _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._serialized_end=822
-  _globals['_ROW']._serialized_start=824
-  _globals['_ROW']._serialized_end=883
-  _globals['_DEVICE']._serialized_start=886
-  _globals['_DEVICE']._serialized_end=1160
+  _globals['_FUNCTIONSPEC']._serialized_end=875
+  _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._serialized_start=826
+  _globals['_FUNCTIONSPEC_PARAMETERSENTRY']._serialized_end=875
+  _globals['_ROW']._serialized_start=877
+  _globals['_ROW']._serialized_end=936
+  _globals['_DEVICE']._serialized_start=939
+  _globals['_DEVICE']._serialized_end=1213
 # @@protoc_insertion_point(module_scope)

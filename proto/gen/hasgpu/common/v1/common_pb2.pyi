@@ -231,6 +231,9 @@ class FunctionSpec(_message.Message):
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     EXECUTION_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    SLO_CLASS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    ADVISORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     format: Global___ModelFormat.ValueType
     entry: _builtins.str
@@ -252,6 +255,12 @@ class FunctionSpec(_message.Message):
     """Requests that may wait at one gateway."""
     execution_timeout_ms: _builtins.int
     """Longest a batch may take on the device before its worker is taken for hung."""
+    slo_class: _builtins.str
+    """"critical", "standard" or "best-effort": who goes without when GPUs run out. Empty: standard."""
+    weight: _builtins.int
+    """Within a class, 1..10000; 0: 100."""
+    advisory: _builtins.bool
+    """The scaler decides and shows what it would do, and does nothing."""
     @_builtins.property
     def artifact(self) -> Global___Artifact: ...
     @_builtins.property
@@ -282,10 +291,13 @@ class FunctionSpec(_message.Message):
         max_queue: _builtins.int = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         execution_timeout_ms: _builtins.int = ...,
+        slo_class: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        advisory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "entry", b"entry", "execution_timeout_ms", b"execution_timeout_ms", "format", b"format", "inputs", b"inputs", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "memory_bytes", b"memory_bytes", "min_instances", b"min_instances", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advisory", b"advisory", "artifact", b"artifact", "entry", b"entry", "execution_timeout_ms", b"execution_timeout_ms", "format", b"format", "inputs", b"inputs", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "memory_bytes", b"memory_bytes", "min_instances", b"min_instances", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "slo_class", b"slo_class", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -590,12 +590,18 @@ class PlannedInstance(_message.Message):
     ALLOCATION_FIELD_NUMBER: _builtins.int
     ALLOCATION_REVISION_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
+    MOVING_FROM_FIELD_NUMBER: _builtins.int
+    MOVING_TO_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     instance: _builtins.str
     gpu: _builtins.str
     row: _builtins.int
     allocation_revision: _builtins.int
     standby: _builtins.bool
+    moving_from: _builtins.str
+    """While an instance moves to another node, both plans have it: the new node's names the old one here ..."""
+    moving_to: _builtins.str
+    """... and the old node's the new one. The old one serves until the new one is READY, and only then leaves its plan."""
     @_builtins.property
     def allocation(self) -> _common_pb2.Allocation: ...
     def __init__(
@@ -608,10 +614,12 @@ class PlannedInstance(_message.Message):
         allocation: _common_pb2.Allocation | None = ...,
         allocation_revision: _builtins.int = ...,
         standby: _builtins.bool = ...,
+        moving_from: _builtins.str = ...,
+        moving_to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation", "allocation_revision", b"allocation_revision", "function", b"function", "gpu", b"gpu", "instance", b"instance", "row", b"row", "standby", b"standby"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation", "allocation_revision", b"allocation_revision", "function", b"function", "gpu", b"gpu", "instance", b"instance", "moving_from", b"moving_from", "moving_to", b"moving_to", "row", b"row", "standby", b"standby"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -306,6 +306,7 @@ class UpdateFunctionRequest(_message.Message):
     MAX_INSTANCES_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
+    ADVISORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     if_revision: _builtins.int
     """0 accepts any revision; otherwise ABORTED when it has changed meanwhile."""
@@ -317,6 +318,7 @@ class UpdateFunctionRequest(_message.Message):
     max_instances: _builtins.int
     standby: _builtins.int
     max_queue: _builtins.int
+    advisory: _builtins.bool
     def __init__(
         self,
         *,
@@ -330,11 +332,14 @@ class UpdateFunctionRequest(_message.Message):
         max_instances: _builtins.int | None = ...,
         standby: _builtins.int | None = ...,
         max_queue: _builtins.int | None = ...,
+        advisory: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_batch", b"_max_batch", "_max_instances", b"_max_instances", "_max_queue", b"_max_queue", "_min_instances", b"_min_instances", "_slo_ms", b"_slo_ms", "_slo_permille", b"_slo_permille", "_standby", b"_standby", "_timeout_ms", b"_timeout_ms", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "min_instances", b"min_instances", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_advisory", b"_advisory", "_max_batch", b"_max_batch", "_max_instances", b"_max_instances", "_max_queue", b"_max_queue", "_min_instances", b"_min_instances", "_slo_ms", b"_slo_ms", "_slo_permille", b"_slo_permille", "_standby", b"_standby", "_timeout_ms", b"_timeout_ms", "advisory", b"advisory", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "min_instances", b"min_instances", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_batch", b"_max_batch", "_max_instances", b"_max_instances", "_max_queue", b"_max_queue", "_min_instances", b"_min_instances", "_slo_ms", b"_slo_ms", "_slo_permille", b"_slo_permille", "_standby", b"_standby", "_timeout_ms", b"_timeout_ms", "if_revision", b"if_revision", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "min_instances", b"min_instances", "name", b"name", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_advisory", b"_advisory", "_max_batch", b"_max_batch", "_max_instances", b"_max_instances", "_max_queue", b"_max_queue", "_min_instances", b"_min_instances", "_slo_ms", b"_slo_ms", "_slo_permille", b"_slo_permille", "_standby", b"_standby", "_timeout_ms", b"_timeout_ms", "advisory", b"advisory", "if_revision", b"if_revision", "max_batch", b"max_batch", "max_instances", b"max_instances", "max_queue", b"max_queue", "min_instances", b"min_instances", "name", b"name", "slo_ms", b"slo_ms", "slo_permille", b"slo_permille", "standby", b"standby", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__advisory: _TypeAlias = _typing.Literal["advisory"]  # noqa: Y015
+    _WhichOneofArgType__advisory: _TypeAlias = _typing.Literal["_advisory", b"_advisory"]  # noqa: Y015
     _WhichOneofReturnType__max_batch: _TypeAlias = _typing.Literal["max_batch"]  # noqa: Y015
     _WhichOneofArgType__max_batch: _TypeAlias = _typing.Literal["_max_batch", b"_max_batch"]  # noqa: Y015
     _WhichOneofReturnType__max_instances: _TypeAlias = _typing.Literal["max_instances"]  # noqa: Y015
@@ -351,6 +356,8 @@ class UpdateFunctionRequest(_message.Message):
     _WhichOneofArgType__standby: _TypeAlias = _typing.Literal["_standby", b"_standby"]  # noqa: Y015
     _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
     _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__advisory) -> _WhichOneofReturnType__advisory | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_batch) -> _WhichOneofReturnType__max_batch | None: ...
     @_typing.overload

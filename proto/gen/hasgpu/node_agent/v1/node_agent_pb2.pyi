@@ -109,11 +109,14 @@ class ProfileRequest(_message.Message):
     QUOTAS_PERMILLE_FIELD_NUMBER: _builtins.int
     CONFIGURATIONS_FIELD_NUMBER: _builtins.int
     IN_ORDER_FIELD_NUMBER: _builtins.int
+    OPERATORS_FIELD_NUMBER: _builtins.int
     gpu: _builtins.str
     budget_ms: _builtins.int
     """Measuring stops after this time; 0: 8 s."""
     in_order: _builtins.bool
     """The configurations are measured in the order given."""
+    operators: _builtins.bool
+    """The model's operators are wanted too: told once, before the first point."""
     @_builtins.property
     def spec(self) -> _common_pb2.FunctionSpec: ...
     @_builtins.property
@@ -141,10 +144,11 @@ class ProfileRequest(_message.Message):
         quotas_permille: _abc.Iterable[_builtins.int] | None = ...,
         configurations: _abc.Iterable[Global___ProfileConfiguration] | None = ...,
         in_order: _builtins.bool = ...,
+        operators: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "budget_ms", b"budget_ms", "configurations", b"configurations", "gpu", b"gpu", "in_order", b"in_order", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "budget_ms", b"budget_ms", "configurations", b"configurations", "gpu", b"gpu", "in_order", b"in_order", "operators", b"operators", "quotas_permille", b"quotas_permille", "sm_pcts", b"sm_pcts", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,25 +228,99 @@ class ProfileResponse(_message.Message):
 
     POINT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    OPERATORS_FIELD_NUMBER: _builtins.int
     progress: _builtins.str
     """In words: "loading", "batch 4, SM 50 %, quota 20 %: 3 of 24"."""
     @_builtins.property
     def point(self) -> Global___ProfilePoint: ...
+    @_builtins.property
+    def operators(self) -> Global___OperatorTable: ...
     def __init__(
         self,
         *,
         point: Global___ProfilePoint | None = ...,
         progress: _builtins.str = ...,
+        operators: Global___OperatorTable | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "point", b"point", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "operators", b"operators", "point", b"point", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "point", b"point", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "operators", b"operators", "point", b"point", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["point", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["point", "progress", "operators"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ProfileResponse: _TypeAlias = ProfileResponse  # noqa: Y015
+
+@_typing.final
+class Operator(_message.Message):
+    """An operator of a model's graph at batch 1. FLOPs are 2 a multiply-add; bytes are of activations in, weights in and
+    activations out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
+    INPUT_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    OUTPUT_SHAPE_FIELD_NUMBER: _builtins.int
+    op: _builtins.str
+    """Of aten, without its overload: "convolution"."""
+    flops: _builtins.int
+    input_bytes: _builtins.int
+    weight_bytes: _builtins.int
+    output_bytes: _builtins.int
+    groups: _builtins.int
+    """Of a convolution, else 1."""
+    @_builtins.property
+    def output_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        op: _builtins.str = ...,
+        flops: _builtins.int = ...,
+        input_bytes: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        output_bytes: _builtins.int = ...,
+        groups: _builtins.int = ...,
+        output_shape: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flops", b"flops", "groups", b"groups", "input_bytes", b"input_bytes", "op", b"op", "output_bytes", b"output_bytes", "output_shape", b"output_shape", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Operator: _TypeAlias = Operator  # noqa: Y015
+
+@_typing.final
+class OperatorTable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why there are none, in words."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operator]:
+        """In order of execution."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___Operator] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperatorTable: _TypeAlias = OperatorTable  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
@@ -625,3 +703,38 @@ class MeasureResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MeasureResponse: _TypeAlias = MeasureResponse  # noqa: Y015
+
+@_typing.final
+class ListOperatorsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOperatorsRequest: _TypeAlias = ListOperatorsRequest  # noqa: Y015
+
+@_typing.final
+class ListOperatorsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def table(self) -> Global___OperatorTable: ...
+    def __init__(
+        self,
+        *,
+        table: Global___OperatorTable | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["table", b"table"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOperatorsResponse: _TypeAlias = ListOperatorsResponse  # noqa: Y015

@@ -215,6 +215,11 @@ class WorkerServiceStub(object):
                 request_serializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureRequest.SerializeToString,
                 response_deserializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureResponse.FromString,
                 _registered_method=True)
+        self.ListOperators = channel.unary_unary(
+                '/hasgpu.node_agent.v1.WorkerService/ListOperators',
+                request_serializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -248,6 +253,13 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOperators(self, request, context):
+        """Exports the model's graph and returns its operators; takes seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -270,6 +282,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Measure,
                     request_deserializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureRequest.FromString,
                     response_serializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureResponse.SerializeToString,
+            ),
+            'ListOperators': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperators,
+                    request_deserializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsRequest.FromString,
+                    response_serializer=hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -381,6 +398,33 @@ class WorkerService(object):
             '/hasgpu.node_agent.v1.WorkerService/Measure',
             hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureRequest.SerializeToString,
             hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.MeasureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperators(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.node_agent.v1.WorkerService/ListOperators',
+            hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsRequest.SerializeToString,
+            hasgpu_dot_node__agent_dot_v1_dot_node__agent__pb2.ListOperatorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,6 +86,8 @@ class WorkerServiceStub:
     """Refuses new batches, answers when the last one is done."""
     Measure: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.MeasureRequest, _node_agent_pb2.MeasureResponse]
     """Runs random inputs, back to back, under the control block in force."""
+    ListOperators: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.ListOperatorsRequest, _node_agent_pb2.ListOperatorsResponse]
+    """Exports the model's graph and returns its operators; takes seconds."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -99,6 +101,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Refuses new batches, answers when the last one is done."""
     Measure: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.MeasureRequest, _node_agent_pb2.MeasureResponse]  # type: ignore[assignment]
     """Runs random inputs, back to back, under the control block in force."""
+    ListOperators: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.ListOperatorsRequest, _node_agent_pb2.ListOperatorsResponse]  # type: ignore[assignment]
+    """Exports the model's graph and returns its operators; takes seconds."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Offered by each worker process."""
@@ -133,5 +137,13 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_agent_pb2.MeasureResponse, _abc.Awaitable[_node_agent_pb2.MeasureResponse]]:
         """Runs random inputs, back to back, under the control block in force."""
+
+    @_abc_1.abstractmethod
+    def ListOperators(
+        self,
+        request: _node_agent_pb2.ListOperatorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.ListOperatorsResponse, _abc.Awaitable[_node_agent_pb2.ListOperatorsResponse]]:
+        """Exports the model's graph and returns its operators; takes seconds."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

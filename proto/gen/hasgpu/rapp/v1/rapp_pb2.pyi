@@ -86,10 +86,15 @@ class PredictResponse(_message.Message):
     HIGH_NS_FIELD_NUMBER: _builtins.int
     EXTRAPOLATED_FIELD_NUMBER: _builtins.int
     CORRECTION_FIELD_NUMBER: _builtins.int
+    BASIS_REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Of the model."""
     basis: _builtins.str
-    """"profiled", or "static": a guess, nothing of the function was measured."""
+    """"profiled"; "transferred": from its operators, what was measured of others, and a handful of points of its own;
+    "static": nothing of the function was measured.
+    """
+    basis_reason: _builtins.str
+    """What a prediction that is not "profiled" rests on, in words."""
     @_builtins.property
     def latencies_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """In the order asked."""
@@ -116,10 +121,11 @@ class PredictResponse(_message.Message):
         high_ns: _abc.Iterable[_builtins.int] | None = ...,
         extrapolated: _abc.Iterable[_builtins.bool] | None = ...,
         correction: Global___Correction | None = ...,
+        basis_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "extrapolated", b"extrapolated", "high_ns", b"high_ns", "latencies_ns", b"latencies_ns", "low_ns", b"low_ns", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "basis_reason", b"basis_reason", "correction", b"correction", "extrapolated", b"extrapolated", "high_ns", b"high_ns", "latencies_ns", b"latencies_ns", "low_ns", b"low_ns", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,9 +183,12 @@ class PredictSurfaceResponse(_message.Message):
     HIGH_US_FIELD_NUMBER: _builtins.int
     EXTRAPOLATED_BATCHES_FIELD_NUMBER: _builtins.int
     CORRECTION_FIELD_NUMBER: _builtins.int
+    BASIS_REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     basis: _builtins.str
     slo_ms: _builtins.int
+    basis_reason: _builtins.str
+    """As in PredictResponse."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.CapacityPoint]:
         """Batch-major, then SM share, then quota."""
@@ -207,10 +216,11 @@ class PredictSurfaceResponse(_message.Message):
         high_us: _abc.Iterable[_builtins.int] | None = ...,
         extrapolated_batches: _abc.Iterable[_builtins.int] | None = ...,
         correction: Global___Correction | None = ...,
+        basis_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "extrapolated_batches", b"extrapolated_batches", "high_us", b"high_us", "low_us", b"low_us", "points", b"points", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "basis_reason", b"basis_reason", "correction", b"correction", "extrapolated_batches", b"extrapolated_batches", "high_us", b"high_us", "low_us", b"low_us", "points", b"points", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,6 +301,8 @@ class CapacityResponse(_message.Message):
     SLO_MS_FIELD_NUMBER: _builtins.int
     TABLE_COMPUTED_UNIX_NS_FIELD_NUMBER: _builtins.int
     INFEASIBLE_REASON_FIELD_NUMBER: _builtins.int
+    EXTRAPOLATED_FIELD_NUMBER: _builtins.int
+    BASIS_REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     basis: _builtins.str
     slo_ms: _builtins.int
@@ -298,9 +310,15 @@ class CapacityResponse(_message.Message):
     """When the published table was computed; 0: none is published."""
     infeasible_reason: _builtins.str
     """Empty, or why no configuration asked for meets the objective."""
+    basis_reason: _builtins.str
+    """As in PredictResponse."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.CapacityPoint]:
         """In the order asked."""
+
+    @_builtins.property
+    def extrapolated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Of each point: whether the batch is larger than any that was measured."""
 
     def __init__(
         self,
@@ -311,10 +329,12 @@ class CapacityResponse(_message.Message):
         slo_ms: _builtins.int = ...,
         table_computed_unix_ns: _builtins.int = ...,
         infeasible_reason: _builtins.str = ...,
+        extrapolated: _abc.Iterable[_builtins.bool] | None = ...,
+        basis_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "infeasible_reason", b"infeasible_reason", "points", b"points", "slo_ms", b"slo_ms", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "basis_reason", b"basis_reason", "extrapolated", b"extrapolated", "infeasible_reason", b"infeasible_reason", "points", b"points", "slo_ms", b"slo_ms", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,20 +347,28 @@ class IngestRequest(_message.Message):
     FUNCTION_FIELD_NUMBER: _builtins.int
     DEVICE_MODEL_FIELD_NUMBER: _builtins.int
     POINTS_FIELD_NUMBER: _builtins.int
+    OPERATORS_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     device_model: _builtins.str
     @_builtins.property
-    def points(self) -> _containers.RepeatedCompositeFieldContainer[_node_agent_pb2.ProfilePoint]: ...
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[_node_agent_pb2.ProfilePoint]:
+        """May be empty when there are operators."""
+
+    @_builtins.property
+    def operators(self) -> _node_agent_pb2.OperatorTable:
+        """Of the function's model; absent: they stay as they are known."""
+
     def __init__(
         self,
         *,
         function: _builtins.str = ...,
         device_model: _builtins.str = ...,
         points: _abc.Iterable[_node_agent_pb2.ProfilePoint] | None = ...,
+        operators: _node_agent_pb2.OperatorTable | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operators", b"operators"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_model", b"device_model", "function", b"function", "points", b"points"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_model", b"device_model", "function", b"function", "operators", b"operators", "points", b"points"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,15 +379,19 @@ class IngestResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
+    OPERATORS_COUNT_FIELD_NUMBER: _builtins.int
     accepted_count: _builtins.int
+    """Points."""
+    operators_count: _builtins.int
     def __init__(
         self,
         *,
         accepted_count: _builtins.int = ...,
+        operators_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "operators_count", b"operators_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,6 +558,7 @@ class DescribeResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCard]:
         """Those that serve."""
@@ -546,6 +579,10 @@ class DescribeResponse(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Files that could not be read and the like, newest last."""
 
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferCard]:
+        """What predicts functions that were not profiled, of each device model."""
+
     def __init__(
         self,
         *,
@@ -554,14 +591,71 @@ class DescribeResponse(_message.Message):
         versions: _abc.Iterable[Global___ModelCard] | None = ...,
         functions: _abc.Iterable[Global___FunctionState] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        transfers: _abc.Iterable[Global___TransferCard] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cards", b"cards", "functions", b"functions", "notes", b"notes", "profiling", b"profiling", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cards", b"cards", "functions", b"functions", "notes", b"notes", "profiling", b"profiling", "transfers", b"transfers", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class TransferCard(_message.Message):
+    """Learnt from the functions and profile files of a device model whose operators are known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_MODEL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    ROWS_COUNT_FIELD_NUMBER: _builtins.int
+    STATIC_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    PROBED_MAPE_PCT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    DATA_SHA256_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    TRAIN_S_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    device_model: _builtins.str
+    reason: _builtins.str
+    """Empty, or why there is none: the size of the artifact is all that a guess rests on then."""
+    rows_count: _builtins.int
+    static_mape_pct: _builtins.float
+    """Mean absolute percentage errors on models left out: from operators alone, and with five points of their own."""
+    probed_mape_pct: _builtins.float
+    sha256: _builtins.str
+    data_sha256: _builtins.str
+    """Of the operators and points."""
+    train_s: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        device_model: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        rows_count: _builtins.int = ...,
+        static_mape_pct: _builtins.float = ...,
+        probed_mape_pct: _builtins.float = ...,
+        sha256: _builtins.str = ...,
+        data_sha256: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        train_s: _builtins.float = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_sha256", b"data_sha256", "device_model", b"device_model", "features", b"features", "models", b"models", "probed_mape_pct", b"probed_mape_pct", "reason", b"reason", "rows_count", b"rows_count", "seed", b"seed", "sha256", b"sha256", "static_mape_pct", b"static_mape_pct", "train_s", b"train_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferCard: _TypeAlias = TransferCard  # noqa: Y015
 
 @_typing.final
 class FunctionState(_message.Message):
@@ -577,6 +671,8 @@ class FunctionState(_message.Message):
     CORRECTION_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     OBSERVED_FIELD_NUMBER: _builtins.int
+    OPERATORS_COUNT_FIELD_NUMBER: _builtins.int
+    BASIS_REASON_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     device_model: _builtins.str
     basis: _builtins.str
@@ -585,6 +681,10 @@ class FunctionState(_message.Message):
     profiled_max_batch: _builtins.int
     table_computed_unix_ns: _builtins.int
     """When its table was computed; 0: none is published."""
+    operators_count: _builtins.int
+    """Of its model, as exported; 0: not known."""
+    basis_reason: _builtins.str
+    """As in PredictResponse."""
     @_builtins.property
     def correction(self) -> Global___Correction: ...
     @_builtins.property
@@ -606,10 +706,12 @@ class FunctionState(_message.Message):
         correction: Global___Correction | None = ...,
         sources: _abc.Iterable[Global___SourceFactor] | None = ...,
         observed: Global___ObservedError | None = ...,
+        operators_count: _builtins.int = ...,
+        basis_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["correction", b"correction", "observed", b"observed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "correction", b"correction", "device_model", b"device_model", "function", b"function", "observed", b"observed", "points_count", b"points_count", "profiled_max_batch", b"profiled_max_batch", "sources", b"sources", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "basis_reason", b"basis_reason", "correction", b"correction", "device_model", b"device_model", "function", b"function", "observed", b"observed", "operators_count", b"operators_count", "points_count", b"points_count", "profiled_max_batch", b"profiled_max_batch", "sources", b"sources", "table_computed_unix_ns", b"table_computed_unix_ns", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,21 @@ class ScalerServiceStub(object):
                 request_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleRequest.SerializeToString,
                 response_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleResponse.FromString,
                 _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/hasgpu.scaler.v1.ScalerService/GetPolicy',
+                request_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/hasgpu.scaler.v1.ScalerService/SetPolicy',
+                request_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
+        self.ReadRecording = channel.unary_stream(
+                '/hasgpu.scaler.v1.ScalerService/ReadRecording',
+                request_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingResponse.FromString,
+                _registered_method=True)
 
 
 class ScalerServiceServicer(object):
@@ -97,6 +112,26 @@ class ScalerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPolicy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Decides by another policy from the next pass on; kept over restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadRecording(self, request, context):
+        """What the scaler saw and decided: the files of hasgpu_core.recording, gzipped, one after the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScalerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +159,21 @@ def add_ScalerServiceServicer_to_server(servicer, server):
                     servicer.ManualScale,
                     request_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleRequest.FromString,
                     response_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyRequest.FromString,
+                    response_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyRequest.FromString,
+                    response_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'ReadRecording': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadRecording,
+                    request_deserializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingRequest.FromString,
+                    response_serializer=hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +311,87 @@ class ScalerService(object):
             '/hasgpu.scaler.v1.ScalerService/ManualScale',
             hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleRequest.SerializeToString,
             hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ManualScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.scaler.v1.ScalerService/GetPolicy',
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyRequest.SerializeToString,
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.GetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.scaler.v1.ScalerService/SetPolicy',
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyRequest.SerializeToString,
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hasgpu.scaler.v1.ScalerService/ReadRecording',
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingRequest.SerializeToString,
+            hasgpu_dot_scaler_dot_v1_dot_scaler__pb2.ReadRecordingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class ScalerServiceStub:
     """Stops deciding (serving goes on); resume with paused=false."""
     ManualScale: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.ManualScaleRequest, _scaler_pb2.ManualScaleResponse]
     """Sets shares or the number of instances by hand; holds the function for hold_s before the policy takes over again."""
+    GetPolicy: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.GetPolicyRequest, _scaler_pb2.GetPolicyResponse]
+    SetPolicy: _grpc.UnaryUnaryMultiCallable[_scaler_pb2.SetPolicyRequest, _scaler_pb2.SetPolicyResponse]
+    """Decides by another policy from the next pass on; kept over restarts."""
+    ReadRecording: _grpc.UnaryStreamMultiCallable[_scaler_pb2.ReadRecordingRequest, _scaler_pb2.ReadRecordingResponse]
+    """What the scaler saw and decided: the files of hasgpu_core.recording, gzipped, one after the other."""
 
 @_typing.type_check_only
 class ScalerServiceAsyncStub(ScalerServiceStub):
@@ -51,6 +56,11 @@ class ScalerServiceAsyncStub(ScalerServiceStub):
     """Stops deciding (serving goes on); resume with paused=false."""
     ManualScale: _aio.UnaryUnaryMultiCallable[_scaler_pb2.ManualScaleRequest, _scaler_pb2.ManualScaleResponse]  # type: ignore[assignment]
     """Sets shares or the number of instances by hand; holds the function for hold_s before the policy takes over again."""
+    GetPolicy: _aio.UnaryUnaryMultiCallable[_scaler_pb2.GetPolicyRequest, _scaler_pb2.GetPolicyResponse]  # type: ignore[assignment]
+    SetPolicy: _aio.UnaryUnaryMultiCallable[_scaler_pb2.SetPolicyRequest, _scaler_pb2.SetPolicyResponse]  # type: ignore[assignment]
+    """Decides by another policy from the next pass on; kept over restarts."""
+    ReadRecording: _aio.UnaryStreamMultiCallable[_scaler_pb2.ReadRecordingRequest, _scaler_pb2.ReadRecordingResponse]  # type: ignore[assignment]
+    """What the scaler saw and decided: the files of hasgpu_core.recording, gzipped, one after the other."""
 
 class ScalerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -90,5 +100,28 @@ class ScalerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scaler_pb2.ManualScaleResponse, _abc.Awaitable[_scaler_pb2.ManualScaleResponse]]:
         """Sets shares or the number of instances by hand; holds the function for hold_s before the policy takes over again."""
+
+    @_abc_1.abstractmethod
+    def GetPolicy(
+        self,
+        request: _scaler_pb2.GetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaler_pb2.GetPolicyResponse, _abc.Awaitable[_scaler_pb2.GetPolicyResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetPolicy(
+        self,
+        request: _scaler_pb2.SetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaler_pb2.SetPolicyResponse, _abc.Awaitable[_scaler_pb2.SetPolicyResponse]]:
+        """Decides by another policy from the next pass on; kept over restarts."""
+
+    @_abc_1.abstractmethod
+    def ReadRecording(
+        self,
+        request: _scaler_pb2.ReadRecordingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scaler_pb2.ReadRecordingResponse], _abc.AsyncIterator[_scaler_pb2.ReadRecordingResponse]]:
+        """What the scaler saw and decided: the files of hasgpu_core.recording, gzipped, one after the other."""
 
 def add_ScalerServiceServicer_to_server(servicer: ScalerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

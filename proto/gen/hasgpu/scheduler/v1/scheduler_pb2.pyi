@@ -208,3 +208,269 @@ class WhatIfResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WhatIfResponse: _TypeAlias = WhatIfResponse  # noqa: Y015
+
+@_typing.final
+class WhatIfManyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADD_FIELD_NUMBER: _builtins.int
+    LOSE_NODES_FIELD_NUMBER: _builtins.int
+    LOSE_GPUS_FIELD_NUMBER: _builtins.int
+    DROP_FUNCTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def add(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hypothetical]:
+        """Instances as if they were wanted too."""
+
+    @_builtins.property
+    def lose_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes as if they were lost."""
+
+    @_builtins.property
+    def lose_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Devices as if they were lost, "node/gpu"."""
+
+    @_builtins.property
+    def drop_functions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Functions as if they were not wanted."""
+
+    def __init__(
+        self,
+        *,
+        add: _abc.Iterable[Global___Hypothetical] | None = ...,
+        lose_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        lose_gpus: _abc.Iterable[_builtins.str] | None = ...,
+        drop_functions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "drop_functions", b"drop_functions", "lose_gpus", b"lose_gpus", "lose_nodes", b"lose_nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhatIfManyRequest: _TypeAlias = WhatIfManyRequest  # noqa: Y015
+
+@_typing.final
+class Hypothetical(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    ALLOCATION_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """May be one that there is; its new instances are then spread beside those it has."""
+    count: _builtins.int
+    """0 counts as 1."""
+    standby: _builtins.bool
+    @_builtins.property
+    def allocation(self) -> _common_pb2.Allocation: ...
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        allocation: _common_pb2.Allocation | None = ...,
+        count: _builtins.int = ...,
+        standby: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation", "count", b"count", "function", b"function", "standby", b"standby"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hypothetical: _TypeAlias = Hypothetical  # noqa: Y015
+
+@_typing.final
+class WhatIfManyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACED_FIELD_NUMBER: _builtins.int
+    UNPLACED_FIELD_NUMBER: _builtins.int
+    GPUS_TOTAL_FIELD_NUMBER: _builtins.int
+    GPUS_USED_BEFORE_FIELD_NUMBER: _builtins.int
+    GPUS_USED_AFTER_FIELD_NUMBER: _builtins.int
+    GPUS_NEEDED_AT_LEAST_FIELD_NUMBER: _builtins.int
+    INTERRUPTED_FUNCTIONS_FIELD_NUMBER: _builtins.int
+    gpus_total: _builtins.int
+    gpus_used_before: _builtins.int
+    gpus_used_after: _builtins.int
+    gpus_needed_at_least: _builtins.int
+    """No placement could do with fewer for what is placed then: by SM-time, memory and row widths, on the largest GPUs."""
+    @_builtins.property
+    def placed(self) -> _containers.RepeatedCompositeFieldContainer[Global___WouldGo]:
+        """Instances that would be somewhere else than now, the hypothetical ones included."""
+
+    @_builtins.property
+    def unplaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unplaced]:
+        """Those that would wait, or stay where they can't serve."""
+
+    @_builtins.property
+    def interrupted_functions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Functions whose every placed instance would be lost at once, and that answer nothing until a new one is ready."""
+
+    def __init__(
+        self,
+        *,
+        placed: _abc.Iterable[Global___WouldGo] | None = ...,
+        unplaced: _abc.Iterable[Global___Unplaced] | None = ...,
+        gpus_total: _builtins.int = ...,
+        gpus_used_before: _builtins.int = ...,
+        gpus_used_after: _builtins.int = ...,
+        gpus_needed_at_least: _builtins.int = ...,
+        interrupted_functions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus_needed_at_least", b"gpus_needed_at_least", "gpus_total", b"gpus_total", "gpus_used_after", b"gpus_used_after", "gpus_used_before", b"gpus_used_before", "interrupted_functions", b"interrupted_functions", "placed", b"placed", "unplaced", b"unplaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhatIfManyResponse: _TypeAlias = WhatIfManyResponse  # noqa: Y015
+
+@_typing.final
+class WouldGo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    instance: _builtins.str
+    node: _builtins.str
+    gpu: _builtins.str
+    row: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        node: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        row: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "function", b"function", "gpu", b"gpu", "instance", b"instance", "node", b"node", "reason", b"reason", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WouldGo: _TypeAlias = WouldGo  # noqa: Y015
+
+@_typing.final
+class GetSchedulingEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """The newest so many; 0: all that are remembered."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSchedulingEventsRequest: _TypeAlias = GetSchedulingEventsRequest  # noqa: Y015
+
+@_typing.final
+class GetSchedulingEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
+    leader: _builtins.bool
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___SchedulingEvent]:
+        """Oldest first."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveUnderWay]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___SchedulingEvent] | None = ...,
+        moves: _abc.Iterable[Global___MoveUnderWay] | None = ...,
+        leader: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "leader", b"leader", "moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSchedulingEventsResponse: _TypeAlias = GetSchedulingEventsResponse  # noqa: Y015
+
+@_typing.final
+class SchedulingEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIX_NS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    unix_ns: _builtins.int
+    kind: _builtins.str
+    """"placed", "unplaced", "move-started", "moved", "move-given-up", "migration", "node-lost" or "node-back"."""
+    function: _builtins.str
+    instance: _builtins.str
+    node: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        unix_ns: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        function: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        node: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "instance", b"instance", "kind", b"kind", "node", b"node", "reason", b"reason", "unix_ns", b"unix_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SchedulingEvent: _TypeAlias = SchedulingEvent  # noqa: Y015
+
+@_typing.final
+class MoveUnderWay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    instance: _builtins.str
+    to: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        to: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "function", b"function", "instance", b"instance", "reason", b"reason", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveUnderWay: _TypeAlias = MoveUnderWay  # noqa: Y015

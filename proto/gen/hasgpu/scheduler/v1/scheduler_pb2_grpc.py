@@ -44,6 +44,16 @@ class SchedulerServiceStub(object):
                 request_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfRequest.SerializeToString,
                 response_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfResponse.FromString,
                 _registered_method=True)
+        self.WhatIfMany = channel.unary_unary(
+                '/hasgpu.scheduler.v1.SchedulerService/WhatIfMany',
+                request_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyResponse.FromString,
+                _registered_method=True)
+        self.GetSchedulingEvents = channel.unary_unary(
+                '/hasgpu.scheduler.v1.SchedulerService/GetSchedulingEvents',
+                request_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsRequest.SerializeToString,
+                response_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer(object):
@@ -62,6 +72,20 @@ class SchedulerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WhatIfMany(self, request, context):
+        """The same of many at once, of the loss of nodes or GPUs, or of functions that go. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSchedulingEvents(self, request, context):
+        """What the leader placed, moved and could not place lately, and the moves under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +98,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.WhatIf,
                     request_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfRequest.FromString,
                     response_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfResponse.SerializeToString,
+            ),
+            'WhatIfMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhatIfMany,
+                    request_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyRequest.FromString,
+                    response_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyResponse.SerializeToString,
+            ),
+            'GetSchedulingEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSchedulingEvents,
+                    request_deserializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsRequest.FromString,
+                    response_serializer=hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +164,60 @@ class SchedulerService(object):
             '/hasgpu.scheduler.v1.SchedulerService/WhatIf',
             hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfRequest.SerializeToString,
             hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhatIfMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.scheduler.v1.SchedulerService/WhatIfMany',
+            hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyRequest.SerializeToString,
+            hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.WhatIfManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSchedulingEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hasgpu.scheduler.v1.SchedulerService/GetSchedulingEvents',
+            hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsRequest.SerializeToString,
+            hasgpu_dot_scheduler_dot_v1_dot_scheduler__pb2.GetSchedulingEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,10 @@ class SchedulerServiceStub:
     GetCluster: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetClusterRequest, _scheduler_pb2.GetClusterResponse]
     WhatIf: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.WhatIfRequest, _scheduler_pb2.WhatIfResponse]
     """Places nothing: says where an allocation would go, or what is free instead."""
+    WhatIfMany: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.WhatIfManyRequest, _scheduler_pb2.WhatIfManyResponse]
+    """The same of many at once, of the loss of nodes or GPUs, or of functions that go. Changes nothing."""
+    GetSchedulingEvents: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetSchedulingEventsRequest, _scheduler_pb2.GetSchedulingEventsResponse]
+    """What the leader placed, moved and could not place lately, and the moves under way."""
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -41,6 +45,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     GetCluster: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetClusterRequest, _scheduler_pb2.GetClusterResponse]  # type: ignore[assignment]
     WhatIf: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.WhatIfRequest, _scheduler_pb2.WhatIfResponse]  # type: ignore[assignment]
     """Places nothing: says where an allocation would go, or what is free instead."""
+    WhatIfMany: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.WhatIfManyRequest, _scheduler_pb2.WhatIfManyResponse]  # type: ignore[assignment]
+    """The same of many at once, of the loss of nodes or GPUs, or of functions that go. Changes nothing."""
+    GetSchedulingEvents: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetSchedulingEventsRequest, _scheduler_pb2.GetSchedulingEventsResponse]  # type: ignore[assignment]
+    """What the leader placed, moved and could not place lately, and the moves under way."""
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +65,21 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.WhatIfResponse, _abc.Awaitable[_scheduler_pb2.WhatIfResponse]]:
         """Places nothing: says where an allocation would go, or what is free instead."""
+
+    @_abc_1.abstractmethod
+    def WhatIfMany(
+        self,
+        request: _scheduler_pb2.WhatIfManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.WhatIfManyResponse, _abc.Awaitable[_scheduler_pb2.WhatIfManyResponse]]:
+        """The same of many at once, of the loss of nodes or GPUs, or of functions that go. Changes nothing."""
+
+    @_abc_1.abstractmethod
+    def GetSchedulingEvents(
+        self,
+        request: _scheduler_pb2.GetSchedulingEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.GetSchedulingEventsResponse, _abc.Awaitable[_scheduler_pb2.GetSchedulingEventsResponse]]:
+        """What the leader placed, moved and could not place lately, and the moves under way."""
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

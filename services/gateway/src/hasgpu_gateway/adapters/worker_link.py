@@ -148,7 +148,7 @@ def _request(order: BatchOrder) -> pb.ExecuteRequest:
     )
     for pending in order.items:
         call = pending.call
-        item = request.items.add(rows=call.rows, traceparent=pending.trace.traceparent)
+        item = request.items.add(rows=call.rows, traceparent=pending.trace.route_traceparent)
         for tensor in call.inputs:
             item.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape, raw=tensor.raw)
     return request

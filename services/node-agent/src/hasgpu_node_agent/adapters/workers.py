@@ -11,7 +11,7 @@ from hasgpu_runtime.rpc import from_rpc_error, open_channel
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.wire import batch_observation_from_proto
 
-from hasgpu_node_agent.ports import Measurement, WorkerReport
+from hasgpu_node_agent.ports import Measurement, OperatorRow, OperatorTable, WorkerReport
 
 REPORT_TIMEOUT_S = 1.0
 DRAIN_MARGIN_S = 2.0
@@ -56,6 +56,24 @@ class GrpcWorkerClient:
             longest_segment_ns=answer.longest_segment_ns,
             repetitions_count=answer.repetitions_count,
         )
+
+    async def list_operators(self, address: str, timeout_s: float) -> OperatorTable:
+        """Has the worker export its model; raises HasgpuError."""
+        request = node_agent_pb2.ListOperatorsRequest()
+        answer = await self._call(self._stub(address).ListOperators(request, timeout=timeout_s))
+        rows = tuple(
+            OperatorRow(
+                row.op,
+                row.flops,
+                row.input_bytes,
+                row.weight_bytes,
+                row.output_bytes,
+                row.groups,
+                tuple(row.output_shape),
+            )
+            for row in answer.table.rows
+        )
+        return OperatorTable(rows, answer.table.reason)
 
     async def forget(self, address: str) -> None:
         """Closes the channel to a worker that has gone."""

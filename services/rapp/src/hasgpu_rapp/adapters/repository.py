@@ -1,5 +1,6 @@
 """Profiles, models and corrections as files, so that a restart needs no measurement and forgets nothing.
 
+<state dir>/rapp/@operators/<workload>.json             of a workload's model
 <state dir>/rapp/<device model>/profiles/<workload>.json
 <state dir>/rapp/<device model>/model/{card.json, <sha256>.cbm}
 <state dir>/rapp/<device model>/previous/...        the model before, for when the newest can't be read
@@ -13,15 +14,18 @@ import json
 import logging
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from hasgpu_core.errors import HasgpuError, InvalidError
-from hasgpu_predictor import Correction, LatencyModel, Profile, load_profile, save_profile
+from hasgpu_predictor import Correction, Known, LatencyModel, Profile, load_profile, parse_operator, save_profile
 from hasgpu_predictor.profile import write_atomically
+
+from hasgpu_rapp.adapters.profile_files import read_shipped
+from hasgpu_rapp.predictions import FunctionOperators
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ CARD_FIELDS = (
 )
 """Kept of each version."""
 _CORRECTION_FORMAT = "hasgpu-rapp-correction-1"
+_OPERATORS_FORMAT = "hasgpu-rapp-operators-1"
+_OPERATORS = "@operators"
+"""No device model's folder: their names are quoted, and `quote` leaves no @."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +89,16 @@ class Kept:
 
 
 class Repository:
-    """The files below one folder. Calls block: run them in a thread."""
+    """The files below one folder. Calls block: run them in a thread.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Of rapp alone.
+        shipped: Profile files to read beside (`profile_files`).
+    """
+
+    def __init__(self, folder: Path, shipped: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._shipped = tuple(shipped)
         self.notes: deque[str] = deque(maxlen=NOTES_MAX)
         """What could not be read or written, in words, newest last."""
 
@@ -98,7 +111,7 @@ class Repository:
         found: dict[str, Kept] = {}
         if not self._folder.is_dir():
             return found
-        for folder in sorted(path for path in self._folder.iterdir() if path.is_dir()):
+        for folder in sorted(path for path in self._folder.iterdir() if path.is_dir() and path.name != _OPERATORS):
             device_model = unquote(folder.name)
             found[device_model] = Kept(
                 self._model(folder, device_model),
@@ -107,6 +120,29 @@ class Repository:
                 self._corrections(folder / "corrections", device_model),
             )
         return found
+
+    def load_operators(self) -> dict[str, FunctionOperators]:
+        """Returns the operators that are kept, by workload; a file that can't be read is told and left out."""
+        found: dict[str, FunctionOperators] = {}
+        for path in sorted((self._folder / _OPERATORS).glob("*.json")):
+            try:
+                content = json.loads(path.read_bytes())
+                if content["format"] != _OPERATORS_FORMAT:
+                    raise InvalidError("format", expected=_OPERATORS_FORMAT, got=repr(content["format"]))
+                rows = tuple(parse_operator(fields) for fields in content["rows"])
+                found[path.stem] = FunctionOperators(rows, str(content["reason"]))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidError) as error:
+                self.note(f"the operators in {path} are left out: {type(error).__name__}: {error}")
+        return found
+
+    def load_shipped(self) -> dict[str, dict[str, Known]]:
+        """Returns the models of the profile files that were named, by device model and a key of their own."""
+        return read_shipped(self._shipped, self.note)
+
+    def save_operators(self, workload: str, operators: FunctionOperators) -> None:
+        """Writes a workload's operators; raises OSError."""
+        content = {"format": _OPERATORS_FORMAT, **asdict(operators)}
+        write_atomically(self._folder / _OPERATORS / f"{workload}.json", json.dumps(content).encode())
 
     def save_profile(self, profile: Profile) -> None:
         """Writes a profile; raises OSError."""

@@ -14,6 +14,8 @@ from hasgpu_scaler.records import DesiredRecord
 PREFIX = "hasgpu:desired:"
 PAUSED_KEY = "hasgpu:scaler:paused"
 """Whether all scaling is paused."""
+POLICY_KEY = "hasgpu:scaler:policy"
+"""Name of the policy that decides; absent or empty: the configured one."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,25 @@ class DesiredStore:
     async def save_paused(self, paused: bool, fence: Fence) -> None:
         """Writes whether all scaling is paused; raises ConflictError, FencedError, UnavailableError."""
         await self._save(PAUSED_KEY, json.dumps(paused).encode(), fence)
+
+    async def load_policy(self) -> str:
+        """Returns the name of the policy that was set; empty: none was. Raises UnavailableError."""
+        stored = await self._store.get(POLICY_KEY)
+        self._revisions[POLICY_KEY] = stored.revision if stored is not None else 0
+        if stored is None:
+            return ""
+        try:
+            name = json.loads(stored.value)
+        except ValueError:
+            name = None
+        if not isinstance(name, str):
+            _log.error("%s can't be read; the configured policy decides", POLICY_KEY)
+            return ""
+        return name
+
+    async def save_policy(self, name: str, fence: Fence) -> None:
+        """Writes which policy decides; raises ConflictError, FencedError, UnavailableError."""
+        await self._save(POLICY_KEY, json.dumps(name).encode(), fence)
 
     async def delete(self, function: str, fence: Fence) -> None:
         """Drops a function's record; raises FencedError, UnavailableError."""

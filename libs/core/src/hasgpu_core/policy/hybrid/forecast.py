@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hasgpu_core.policy.hybrid.settings import HybridSettings
+from hasgpu_core.policy.hybrid.spacing import Spacing
 
 _FORGET = 0.97
 """By how much older counts weigh less, a bin."""
@@ -36,23 +37,17 @@ class History:
     """Discounted sum of squared differences of neighbouring bins, halved."""
     counted: float = 0.0
     """Discounted sum of the items of these bins."""
+    spacing: Spacing = field(default_factory=Spacing)
+    """Whether arrivals keep their distance."""
 
     @property
     def dispersion(self) -> float:
         """Variance of counts over their mean: 1 for Poisson arrivals, near 0 for regular ones; 1 while unknown."""
         return self.spread / self.counted if self.counted > 0 else 1.0
 
-    def regular(self, settings: HybridSettings) -> bool:
-        """Whether arrivals keep their distance."""
-        return self.counted >= settings.regular_after_items / 2 and self.dispersion < settings.regular_below
-
     def count(self, now_s: float, window_s: float) -> tuple[float, float]:
         """Returns (items, seconds) of the last stretch of at least so long; (0, window) when little is known."""
-        if len(self.fine) < 2:
-            return 0.0, window_s
-        at = bisect_right(self.fine, now_s - window_s + 1e-9, key=lambda sample: sample[0]) - 1
-        start_s, total = self.fine[max(at, 0)]
-        return float(self.fine[-1][1] - total), max(self.fine[-1][0] - start_s, 1e-3)
+        return _count(self.fine, now_s, window_s)
 
     def peak_rps(self) -> float:
         """Returns the largest rate of the lookback."""
@@ -71,6 +66,7 @@ def observe(history: History, total: int | None, now_s: float, settings: HybridS
     if fine and total < fine[-1][1]:
         fine = ()  # a gateway left the sum: totals start anew
         history = replace(history, bin_total=total, bin_start_s=now_s, bin_rate_rps=None)
+        history = replace(history, spacing=history.spacing.restarted())
     if fine and now_s <= fine[-1][0]:
         return history
     if not fine:
@@ -79,16 +75,29 @@ def observe(history: History, total: int | None, now_s: float, settings: HybridS
     while drop + 2 < len(fine) and fine[drop + 1][0] <= now_s - _KEPT_FINE_S:
         drop += 1
     fine = (*fine[drop:], (now_s, total))
-    history = replace(history, fine=fine)
-    items, seconds = history.count(now_s, settings.rate_window_s)
+    items, seconds = _count(fine, now_s, settings.rate_window_s)
     # The window is that long even while less of it was seen: a rate of few moments is no peak.
     span_s = max(seconds, settings.rate_window_s)
     rate = (items + settings.quantile_sigmas * math.sqrt(items) * _spread_factor(history)) / span_s
-    short_items, short_s = history.count(now_s, settings.burst_window_s)
+    short_items, short_s = _count(fine, now_s, settings.burst_window_s)
     short_rate = short_items / max(short_s, settings.burst_window_s)
-    peaks = _peaks(history.peaks, rate, now_s, settings.lookback_s)
-    bursts = _peaks(history.bursts, short_rate, now_s, settings.burst_lookback_s)
-    return _binned(replace(history, peaks=peaks, bursts=bursts), total, now_s)
+    history = replace(
+        history,
+        fine=fine,
+        spacing=history.spacing.counted(total, now_s, settings.regular_evidence),
+        peaks=_peaks(history.peaks, rate, now_s, settings.lookback_s),
+        bursts=_peaks(history.bursts, short_rate, now_s, settings.burst_lookback_s),
+    )
+    return _binned(history, total, now_s)
+
+
+def _count(fine: tuple[tuple[float, int], ...], now_s: float, window_s: float) -> tuple[float, float]:
+    """Returns (items, seconds) of the last stretch of at least so long; (0, window) when little is known."""
+    if len(fine) < 2:
+        return 0.0, window_s
+    at = bisect_right(fine, (now_s - window_s + 1e-9, math.inf)) - 1
+    start_s, total = fine[max(at, 0)]
+    return float(fine[-1][1] - total), max(fine[-1][0] - start_s, 1e-3)
 
 
 def _peaks(

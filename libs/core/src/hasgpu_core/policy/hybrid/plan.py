@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from hasgpu_core.capacity import CapacityTable
 from hasgpu_core.policy.hybrid.settings import HybridSettings
-from hasgpu_core.resources import WHOLE_PCT, WHOLE_PERMILLE
+from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PCT, WHOLE_PERMILLE
 
 _SIGMAS = 2.6
 _STEPS = 14
@@ -191,6 +191,7 @@ class Planner:
                     self.latencies_s(sm_pct, quota)[0],
                 )
                 for quota in self.table.quotas_permille
+                if quota > PARKED_QUOTA_PERMILLE  # who has no more than that counts as parked
                 for count in range(1, self._most + 1)
                 if (rate := self.rate_rps(sm_pct, quota, count, regular=regular)) > 0
             ]

@@ -23,12 +23,16 @@ from dataclasses import dataclass, field, replace
 from hasgpu_core.cluster import ClusterSnapshot, FunctionView
 from hasgpu_core.policy._draft import Draft, Share
 from hasgpu_core.policy._reasons import change_words, pct
+from hasgpu_core.policy.hybrid.fairness import Wanted, enough_of, order, victims
 from hasgpu_core.policy.hybrid.forecast import History, observe
 from hasgpu_core.policy.hybrid.plan import Option, Planner
 from hasgpu_core.policy.hybrid.room import IndexedRoom
 from hasgpu_core.policy.hybrid.settings import HybridSettings
 from hasgpu_core.policy.scaling import Action, ActionKind, Decision, FunctionState, PolicyState
-from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, InstanceState
+from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, DeviceState, InstanceState
+
+_RECLAIMS_A_PASS = 16
+"""So many functions may have others give instances up in one pass, the most urgent first: a bound on its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,10 @@ class Memory:
     """Chosen for it; None: not yet."""
     plan: Option | None = None
     """In force."""
+    basis: str = ""
+    """Of the table that it was made from: one made before anything was measured is made anew after that."""
+    plan_regular: bool = False
+    """Whether it was made for arrivals that keep their distance."""
     changed_s: float = -math.inf
     """When it last grew or shrank."""
     shrunk_s: float = -math.inf
@@ -49,7 +57,11 @@ class Memory:
     cheaper_since_s: float | None = None
     """Since when a cheaper plan would do."""
     idle_since_s: float | None = None
+    surplus_since_s: float | None = None
+    """Since when more instances are parked than are kept for a larger rate."""
     coming_since_s: Mapping[str, float] = field(default_factory=dict)
+    reclaimed_s: float = -math.inf
+    """When others last gave instances up for it."""
 
 
 @dataclass(slots=True)
@@ -65,6 +77,8 @@ class _Look:
     rate_rps: float
     """Planned for."""
     notes: list[str]
+    wanted: Wanted | None = None
+    """What no room was found for."""
 
 
 class HybridPolicy:
@@ -84,8 +98,7 @@ class HybridPolicy:
     ) -> tuple[tuple[Decision, ...], PolicyState]:
         """Returns one decision a function of the snapshot (in its order) and the state to pass next time.
 
-        Functions take room from each other in the order of their urgency: those with nothing ready first, then by the
-        part of their rate that is not covered, then by name.
+        Functions take room in the order of `fairness`, which also says who gives instances up when there is none.
         """
         room = IndexedRoom(snapshot.devices)
         rungs = _rungs(snapshot)
@@ -93,12 +106,32 @@ class HybridPolicy:
             self._look(function, state.functions.get(function.spec.name, FunctionState()), rungs, now_s)
             for function in snapshot.functions
         ]
-        decided: dict[str, tuple[Decision, FunctionState]] = {}
+        served = 0
         for look in sorted(looks, key=_urgency):
             self._plan(look, room, now_s)
-            decided[look.function.spec.name] = (self._decision(look, now_s), FunctionState(own=look.memory))
-        names = [function.spec.name for function in snapshot.functions]
-        return tuple(decided[n][0] for n in names), PolicyState({n: decided[n][1] for n in names})
+            if look.wanted is not None and served < _RECLAIMS_A_PASS:
+                served += 1
+                self._reclaim(look, looks, snapshot.devices, now_s)
+        decisions = tuple(self._decision(look, now_s) for look in looks)
+        return decisions, PolicyState({look.function.spec.name: FunctionState(own=look.memory) for look in looks})
+
+    def _reclaim(self, look: _Look, looks: Sequence[_Look], devices: Sequence[DeviceState], now_s: float) -> None:
+        """Gives instances of others up for a function that found no room."""
+        assert look.wanted is not None
+        if now_s - look.memory.reclaimed_s < self._settings.reclaim_wait_s:
+            return
+        ready = bool(look.draft.ready)
+        chosen = enough_of(victims(look.function, [o.draft for o in looks], ready=ready), look.wanted, devices)
+        by_name = {other.function.spec.name: other for other in looks}
+        for victim in chosen:
+            victim.draft.remove(victim.share)
+            name = look.function.spec.name
+            by_name[victim.draft.function.spec.name].notes.append(
+                f"{victim.share.instance} is given up for {name} ({look.function.spec.slo_class.value})"
+            )
+        if chosen:
+            look.memory = replace(look.memory, reclaimed_s=now_s)
+            look.notes.append(f"{', '.join(v.share.instance for v in chosen)} will make room")
 
     # What is seen
 
@@ -120,7 +153,7 @@ class HybridPolicy:
         draft = Draft(function, headroom_permille=WHOLE_PERMILLE, stuck=stuck, refused=frozenset())
         memory = replace(memory, history=history, idle_since_s=idle_since_s, coming_since_s=coming_since_s)
         planner = self._planner(function, rungs)
-        regular = history.regular(settings)
+        regular = history.spacing.regular
         capacity = _sustained_rps(draft.ready, planner, regular=regular, lend=settings.lend) if planner else 0.0
         return _Look(function, draft, memory, planner, regular, capacity, history.peak_rps(), [])
 
@@ -197,21 +230,38 @@ class HybridPolicy:
         burst = _burst_rps(memory.history, look.capacity_rps, look.regular, settings, now_s)
         look.rate_rps = rate = max(seen, burst)
         least = settings.least_rps if settings.lend else settings.least_reserved_rps
+        if look.regular:
+            least = max(least, settings.regular_least_rps)
         wanted = ladder.cheapest(max(settings.headroom * rate, least))
         assert wanted is not None
         plan = memory.plan
-        if plan is None or plan.sm_pct != sm_pct:
-            memory = replace(memory, plan=wanted, changed_s=now_s, cheaper_since_s=None)
+        basis = planner.table.basis
+        if plan is None or plan.sm_pct != sm_pct or memory.basis != basis:
+            memory = replace(
+                memory, basis=basis, plan=wanted, plan_regular=look.regular, changed_s=now_s, cheaper_since_s=None
+            )
         else:
             sustains = planner.rate_rps(sm_pct, plan.quota_permille, plan.count, regular=look.regular)
             if rate > sustains and wanted.rate_rps > sustains:
                 patience = memory.patience
-                if now_s - memory.shrunk_s < settings.regret_s:
-                    patience = min(2 * patience, settings.most_patience)
-                memory = replace(memory, plan=wanted, changed_s=now_s, cheaper_since_s=None, patience=patience)
+                shrunk_s = memory.shrunk_s
+                if now_s - shrunk_s < settings.regret_s:
+                    # Each shrink is regretted once: growing in steps after it is one mistake, not several.
+                    patience, shrunk_s = min(2 * patience, settings.most_patience), -math.inf
+                memory = replace(
+                    memory,
+                    plan=wanted,
+                    plan_regular=look.regular,
+                    changed_s=now_s,
+                    shrunk_s=shrunk_s,
+                    cheaper_since_s=None,
+                    patience=patience,
+                )
             elif wanted.cost(rate) <= (1 - settings.gain) * plan.cost(rate):
                 since_s = now_s if memory.cheaper_since_s is None else memory.cheaper_since_s
                 left_s = max(since_s, memory.changed_s) + memory.patience * settings.settle_s - now_s
+                if look.regular != memory.plan_regular:
+                    left_s = min(left_s, since_s + settings.regular_settle_s - now_s)
                 memory = replace(memory, cheaper_since_s=since_s)
                 if left_s > 0:
                     look.notes.append(f"a cheaper plan can be taken up in {left_s:.1f} s")
@@ -220,6 +270,7 @@ class HybridPolicy:
                     memory = replace(
                         memory,
                         plan=wanted,
+                        plan_regular=look.regular,
                         changed_s=now_s,
                         shrunk_s=now_s,
                         cheaper_since_s=None,
@@ -232,7 +283,7 @@ class HybridPolicy:
         self._enforce(look, memory.plan, room)
         spare = 1.0 if settings.lend else settings.spare
         largest = ladder.cheapest(max(spare * rate, settings.spare_least_rps))
-        self._keep_parked(look, memory.plan, largest, room)
+        self._keep_parked(look, memory.plan, largest, room, now_s)
 
     def _enforce(self, look: _Look, plan: Option, room: IndexedRoom) -> None:
         """Brings the shares to the plan as far as there is room; does nothing where they are there."""
@@ -240,8 +291,9 @@ class HybridPolicy:
         mine = [s for s in draft.shares if s.allocation.sm_pct == plan.sm_pct]
         ready = sorted((s for s in mine if s.ready), key=lambda s: (s.standby, s.instance))
         kept = 0
+        missing = len(ready) < plan.count
         for share in ready:
-            if kept < plan.count and self._set(look, share, plan, room):
+            if kept < plan.count and self._set(look, share, self._bridge(share, plan) if missing else plan, room):
                 kept += 1
             elif not share.standby or share.allocation.request_permille > PARKED_QUOTA_PERMILLE:
                 share.standby = True
@@ -256,6 +308,15 @@ class HybridPolicy:
         for share in [s for s in draft.shares if s.allocation.sm_pct != plan.sm_pct]:
             if any(s.ready for s in mine if not s.standby):
                 draft.remove(share)
+
+    def _bridge(self, share: Share, plan: Option) -> Option:
+        """What a ready share has until the instances that the plan counts on are there: more than in the plan."""
+        if self._settings.lend:
+            return replace(plan, quota_permille=WHOLE_PERMILLE)
+        held_permille = share.allocation.request_permille
+        if share.standby or held_permille <= plan.request_permille:
+            return plan
+        return replace(plan, quota_permille=held_permille, request_permille=held_permille)
 
     def _set(self, look: _Look, share: Share, plan: Option, room: IndexedRoom) -> bool:
         """Gives a ready share what the plan says if its row has the room; tells whether it has it now."""
@@ -278,21 +339,27 @@ class HybridPolicy:
         draft = look.draft
         assert look.planner is not None
         model = look.planner.table.device_model
-        if room.free_part(model) > self._settings.roomy and room.new_row(
+        # One that serves takes a row of its own even where it is the last: in another's it borrows what is left there.
+        if (not standby or room.free_part(model) > self._settings.roomy) and room.new_row(
             draft.allocation(plan.sm_pct, WHOLE_PERMILLE), model
         ):
             return draft.add(plan.sm_pct, WHOLE_PERMILLE, model, standby=standby)
         allocation = draft.allocation(plan.sm_pct, plan.request_permille)
         if room.new_row(allocation, model) or room.share_row(allocation, model):
             return draft.add(plan.sm_pct, plan.request_permille, model, standby=standby)
+        if not standby:
+            look.wanted = Wanted(plan.sm_pct, plan.request_permille, allocation.memory_bytes, model)
         look.notes.append(
             f"no room: no {model} has SM {plan.sm_pct} % in no row, or a row of it with {plan.request_permille} ‰ free,"
             f" and {draft.function.spec.memory_bytes >> 20} MiB"
         )
         return None
 
-    def _keep_parked(self, look: _Look, plan: Option, largest: Option | None, room: IndexedRoom) -> None:
-        """Starts an instance to be parked while fewer are there than a much larger rate would need."""
+    def _keep_parked(self, look: _Look, plan: Option, largest: Option | None, room: IndexedRoom, now_s: float) -> None:
+        """Starts an instance to be parked while fewer are there than a much larger rate would need.
+
+        One more than that goes when it has not been needed for retire_s.
+        """
         draft, spec = look.draft, look.function.spec
         have = len(draft.shares)
         more = max(spec.standby, min(largest.count - plan.count if largest else 0, self._settings.most_parked))
@@ -301,6 +368,16 @@ class HybridPolicy:
         roomy = room.free_part(look.planner.table.device_model) > self._settings.roomy or have < spec.standby
         if have < wanted and roomy and not any(s.coming and s.standby for s in draft.shares):
             self._add(look, plan, room, standby=True)
+        since_s = look.memory.surplus_since_s
+        parked = sorted((s for s in draft.shares if s.standby and s.ready), key=lambda s: s.instance)
+        if have <= wanted or not parked:
+            since_s = None
+        elif since_s is None:
+            since_s = now_s
+        elif now_s - since_s >= self._settings.retire_s:
+            draft.remove(parked[-1])
+            since_s = None
+        look.memory = replace(look.memory, surplus_since_s=since_s)
 
     def _look_again_s(self, look: _Look, *, changing: bool) -> float:
         """Soon where something may have to be done soon; the gateways' reports of a queue come in between."""
@@ -325,8 +402,9 @@ class HybridPolicy:
 
     def _decision(self, look: _Look, now_s: float) -> Decision:
         draft, demand = look.draft, look.function.demand
-        actions = (*draft.actions(), *_limit_actions(draft))
-        words = [change_words(action, draft) for action in draft.actions()] + look.notes or ["nothing to do"]
+        changes = draft.actions()
+        actions = (*changes, *_limit_actions(draft))
+        words = [change_words(action, draft) for action in changes] + look.notes or ["nothing to do"]
         observed = "no data" if demand.rate_rps is None else f"{demand.rate_rps:.1f} rps"
         kind = "regular" if look.regular else "random"
         return Decision(
@@ -410,6 +488,6 @@ def _burst_rps(history: History, capacity_rps: float, regular: bool, settings: H
     return worst
 
 
-def _urgency(look: _Look) -> tuple[bool, float, str]:
+def _urgency(look: _Look) -> tuple[int, bool, float, str]:
     covered = min(1.0, look.capacity_rps / look.rate_rps) if look.rate_rps > 0 else 1.0
-    return (bool(look.draft.ready), covered, look.function.spec.name)
+    return order(look.function, ready=bool(look.draft.ready), covered=covered)

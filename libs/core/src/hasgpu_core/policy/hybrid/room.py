@@ -23,7 +23,8 @@ class IndexedRoom:
         self.devices = devices
         self._memory_bytes: dict[_Key, int] = {}
         self._rows: dict[_RowKey, int] = {}
-        self._by_free: dict[tuple[str, int], dict[_Key, None]] = {}
+        self._by_free: dict[str, dict[int, dict[_Key, None]]] = {}
+        """By device model: devices by their SMs in no row; no entry is empty."""
         self._kind: dict[_RowKey, tuple[str, int]] = {}
         self._by_kind: dict[tuple[str, int], dict[int, dict[_RowKey, None]]] = {}
         """Rows by (device model, SM share) and what they have free."""
@@ -41,7 +42,7 @@ class IndexedRoom:
                 self._put((*key, row.index), row.free_permille)
             self._memory_bytes[key] = device.free_memory_bytes
             self._rungs[info.model] = self._rungs.get(info.model, frozenset()) | frozenset(info.sm_rungs_pct)
-            self._by_free.setdefault((info.model, free), {})[key] = None
+            self._by_free.setdefault(info.model, {}).setdefault(free, {})[key] = None
             self._free_sm[info.model] = self._free_sm.get(info.model, 0) + free
             self._devices_count[info.model] = self._devices_count.get(info.model, 0) + 1
 
@@ -63,12 +64,15 @@ class IndexedRoom:
         """Takes SMs in no row, on the device with the least that are enough; tells whether it could."""
         if allocation.sm_pct not in self._rungs.get(model, frozenset()):
             return False
-        for free in range(allocation.sm_pct, WHOLE_PCT + 1):
-            for key in self._by_free.get((model, free), {}):
+        by_free = self._by_free.get(model, {})
+        for free in sorted(free for free in by_free if free >= allocation.sm_pct):
+            for key in by_free[free]:
                 if self._memory_bytes[key] < allocation.memory_bytes:
                     continue
-                del self._by_free[model, free][key]
-                self._by_free.setdefault((model, free - allocation.sm_pct), {})[key] = None
+                del by_free[free][key]
+                if not by_free[free]:
+                    del by_free[free]
+                by_free.setdefault(free - allocation.sm_pct, {})[key] = None
                 self._free_sm[model] -= allocation.sm_pct
                 self._memory_bytes[key] -= allocation.memory_bytes
                 self._opened += 1

@@ -21,10 +21,14 @@ class HybridSettings:
     """Part of the largest throughput that a Poisson load may fill, whatever the wait."""
     regular_fill: float = 0.93
     """The same for a regular load."""
-    regular_below: float = 0.35
-    """A load whose counts vary by less than this part of their mean is regular (1: Poisson)."""
-    regular_after_items: float = 60.0
-    """So many arrivals have to have been counted before a load is taken for regular."""
+    regular_evidence: float = 4.5
+    """A load is taken for regular when its counts are e to this times likelier so than Poisson; no longer when less
+    likely."""
+    regular_least_rps: float = 20.0
+    """A plan for a regular load is made for so much at least: it costs little more than one for less, and at a step of
+    the rate the first requests come before it can be seen."""
+    regular_settle_s: float = 3.0
+    """So long after it was found regular, or random again, a cheaper plan for that is taken up at once."""
     latency_margin: float = 0.97
     """A configuration is only chosen where a batch of one takes at most this part of the SLO."""
     lookback_s: float = 60.0
@@ -67,11 +71,15 @@ class HybridSettings:
     spare_least_rps: float = 8.0
     """And at least for this."""
     most_parked: int = 4
+    retire_s: float = 900.0
+    """A parked instance beyond those goes after so long: held for that long it costs what a cold start does."""
     roomy: float = 0.25
     """Only while so much of the SMs is in no row."""
     idle_to_zero_s: float = 60.0
     """With min_instances = 0."""
     start_timeout_s: float = 60.0
+    reclaim_wait_s: float = 10.0
+    """Instances of lower classes were given up for a function: so long no more are."""
     reference_rps: tuple[float, ...] = (1.0, 3.0, 8.0, 15.0, 25.0)
     """Rates over which the SM share of a function is chosen before its own is known."""
     calm: float = 2.0

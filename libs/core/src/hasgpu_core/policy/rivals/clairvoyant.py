@@ -17,6 +17,13 @@ read off the lower convex hull of (L, cost) over all configurations, which also 
 The cheapest way to cut all arrivals into batches follows by dynamic programming, and bounds everybody's cost,
 whatever they do: standing shares, queues and cold starts are left out.
 
+**Borrowed shares, sent at once** (`online=True`). Who does not know the future sends a request when an instance is
+idle, as every gateway here does: a request waits only while the instances are busy. So the batch that a request waits
+for began with an earlier one, at the latest the one before it, in t_(i-1), and ends by t_(i-1) + S if that is to be in
+time; what goes together with request i has to have come by then: t_j <= t_(i-1) + S. The rest is as above. How many
+instances there are, what they hold while idle, and that a batch of this kind waits for all that has come, is left out:
+it stays a lower bound on who sends at once, and on nobody who holds requests back in the hope of more.
+
 Requests that may be late within the objective's 0.5 % are left out of the bound, the dearest first.
 """
 
@@ -77,9 +84,14 @@ def reserved_bound(
 
 
 def borrowed_bound(
-    arrivals_s: Sequence[float], table: CapacityTable, *, max_batch: int, late_share: float = 0.005
+    arrivals_s: Sequence[float],
+    table: CapacityTable,
+    *,
+    max_batch: int,
+    late_share: float = 0.005,
+    online: bool = False,
 ) -> Bound:
-    """Returns the bound for time that is paid for as it is used."""
+    """Returns the bound for time that is paid for as it is used; `online`: for who sends at once."""
     slo_s = table.slo_ms / 1e3
     hulls = [_Hull(table, batch, slo_s) for batch in range(1, max_batch + 1)]
     if math.isinf(hulls[0].cost(slo_s)):
@@ -93,6 +105,8 @@ def borrowed_bound(
             slack_s = slo_s - (arrivals_s[n - 1] - arrivals_s[n - batch])
             if slack_s <= 0:
                 break
+            if online and batch > 1 and not _waits(arrivals_s, n, batch, slo_s):
+                continue
             ways.append((best[n - batch] + hulls[batch - 1].cost(slack_s), batch))
         cost, batch = min(ways)
         best.append(cost)
@@ -105,6 +119,12 @@ def borrowed_bound(
     shares.sort()
     kept = len(shares) - int(late_share * len(shares))
     return Bound(sum(shares[:kept]), kept)
+
+
+def _waits(arrivals_s: Sequence[float], n: int, batch: int, slo_s: float) -> bool:
+    """Whether the last `batch` of the first n requests may wait together for an instance to be free again."""
+    first = n - batch
+    return first > 0 and arrivals_s[n - 1] <= arrivals_s[first - 1] + slo_s
 
 
 class _Hull:

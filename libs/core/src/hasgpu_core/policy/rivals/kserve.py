@@ -11,7 +11,10 @@ has not for a stable window (60 s); while it lasts the larger of both desired co
 
 Tuned: `target` is the concurrency of a replica. KServe leaves it to the user; here it is the largest batch of which
 two fit into the objective one after the other (who comes just after a batch began still meets it), which is what an
-operator who knows the latencies would set; smaller targets cost more replicas, larger ones miss the objective.
+operator who knows the latencies would set. On the replay (three models, SLO 2x and 5x, Poisson, GPU-milliseconds per
+request in time and late requests): as it is 96.8 and 0.050 %; target 1: 116 and 0.050 %; 2, 4 or 8: 93.3 and 0.075 %;
+utilisation 0.5: 96.9 and 0.050 %; 0.9: 93.3 and 0.075 %. Nothing is cheaper at no more late requests; a whole GPU is
+the least that it holds (92.9). `bench/policy.py --only rivals` prints these.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The Grafana dashboards as data; `python -m tools.dashboards` writes them."""
