@@ -91,7 +91,9 @@ GPU = DeviceState(DeviceInfo("n", "g", "emu", "emulated", 2 << 30, (50, 100)))
 
 def test_what_cannot_be_is_said_in_words() -> None:
     assert "no device is known" in reason(spec_of("f", slo_ms=100), ())
-    assert "meets the SLO of 10 ms: the fastest possible takes 20.0 ms" in reason(spec_of("f", slo_ms=10), (GPU,))
+    impossible = reason(spec_of("f", slo_ms=10), (GPU,))
+    assert "new instance f-0 (SM 50 %, quota 100 %)" in impossible
+    assert "no configuration meets the SLO of 10 ms; the fastest that has room takes 20 ms" in impossible
     assert "no room: no emu has" in reason(spec_of("f", slo_ms=100, memory_bytes=4 << 30), (GPU,))
     assert "4096 MiB" in reason(spec_of("f", slo_ms=100, memory_bytes=4 << 30), (GPU,))
 

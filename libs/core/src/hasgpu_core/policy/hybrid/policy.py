@@ -3,7 +3,8 @@
 | situation of a function | what is done |
 |---|---|
 | held by hand, or no device is known | nothing |
-| no prediction, or nothing meets the objective | nothing; it says so, with the fastest possible |
+| no prediction, or nothing meets the objective | what `hasgpu` does, which feels its way; it says what is the fastest |
+| requests are late although the plan should suffice | own shares, then plans for more than the rate (`feedback`) |
 | idle for idle_to_zero_s and min_instances = 0 | all go |
 | the rate exceeds what the plan sustains, or counts do significantly, over any of several windows | a larger plan |
 | a plan for the largest rate of the lookback is cheaper by the gain, for settle_s | that plan |
@@ -23,12 +24,15 @@ from dataclasses import dataclass, field, replace
 from hasgpu_core.cluster import ClusterSnapshot, FunctionView
 from hasgpu_core.policy._draft import Draft, Share
 from hasgpu_core.policy._reasons import change_words, pct
+from hasgpu_core.policy.hasgpu import HasGpuPolicy
+from hasgpu_core.policy.hybrid import feedback as slo_feedback
 from hasgpu_core.policy.hybrid.fairness import Wanted, enough_of, order, victims
+from hasgpu_core.policy.hybrid.feedback import Feedback
 from hasgpu_core.policy.hybrid.forecast import History, observe
 from hasgpu_core.policy.hybrid.plan import Option, Planner
 from hasgpu_core.policy.hybrid.room import IndexedRoom
 from hasgpu_core.policy.hybrid.settings import HybridSettings
-from hasgpu_core.policy.scaling import Action, ActionKind, Decision, FunctionState, PolicyState
+from hasgpu_core.policy.scaling import Action, ActionKind, Decision, FunctionState, PolicyState, ScalingSettings
 from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, DeviceState, InstanceState
 
 _RECLAIMS_A_PASS = 16
@@ -62,6 +66,7 @@ class Memory:
     coming_since_s: Mapping[str, float] = field(default_factory=dict)
     reclaimed_s: float = -math.inf
     """When others last gave instances up for it."""
+    feedback: Feedback = field(default_factory=Feedback)
 
 
 @dataclass(slots=True)
@@ -86,6 +91,7 @@ class HybridPolicy:
 
     def __init__(self, settings: HybridSettings | None = None) -> None:
         self._settings = settings or HybridSettings()
+        self._unpredicted = HasGpuPolicy(ScalingSettings(idle_to_zero_s=self._settings.idle_to_zero_s))
         self._planners: dict[tuple[int, int, tuple[int, ...], int, int], Planner] = {}
 
     @property
@@ -106,14 +112,36 @@ class HybridPolicy:
             self._look(function, state.functions.get(function.spec.name, FunctionState()), rungs, now_s)
             for function in snapshot.functions
         ]
+        blind = [look for look in looks if self._is_blind(look)] if snapshot.devices else []
+        unplanned = self._unplanned(blind, snapshot.devices, state, now_s) if blind else {}
+        planned = [look for look in looks if look.function.spec.name not in unplanned] if unplanned else looks
         served = 0
-        for look in sorted(looks, key=_urgency):
+        for look in sorted(planned, key=_urgency):
             self._plan(look, room, now_s)
             if look.wanted is not None and served < _RECLAIMS_A_PASS:
                 served += 1
-                self._reclaim(look, looks, snapshot.devices, now_s)
-        decisions = tuple(self._decision(look, now_s) for look in looks)
-        return decisions, PolicyState({look.function.spec.name: FunctionState(own=look.memory) for look in looks})
+                self._reclaim(look, planned, snapshot.devices, now_s)
+        made = {look.function.spec.name: self._decision(look, now_s) for look in planned}
+        states = {look.function.spec.name: FunctionState(own=look.memory) for look in planned}
+        for name, (decision, kept) in unplanned.items():
+            made[name], states[name] = decision, kept
+        names = [function.spec.name for function in snapshot.functions]
+        return tuple(made[name] for name in names), PolicyState({name: states[name] for name in names})
+
+    def _is_blind(self, look: _Look) -> bool:
+        """Whether there is nothing to plan with: no prediction, or none that meets the objective."""
+        return not look.function.held and (look.planner is None or self._sm_pct(look, look.planner) is None)
+
+    def _unplanned(
+        self, looks: Sequence[_Look], devices: tuple[DeviceState, ...], state: PolicyState, now_s: float
+    ) -> dict[str, tuple[Decision, FunctionState]]:
+        """Decides by `hasgpu`, which feels its way: what is there grows step by step while the objective is missed."""
+        views = tuple(look.function for look in looks)
+        known = {view.spec.name: state.functions.get(view.spec.name, FunctionState()) for view in views}
+        decisions, after = self._unpredicted.decide(ClusterSnapshot(views, devices), PolicyState(known), now_s)
+        names = [view.spec.name for view in views]
+        kept = [replace(after.functions[look.function.spec.name], own=look.memory) for look in looks]
+        return dict(zip(names, zip(decisions, kept, strict=True), strict=True))
 
     def _reclaim(self, look: _Look, looks: Sequence[_Look], devices: Sequence[DeviceState], now_s: float) -> None:
         """Gives instances of others up for a function that found no room."""
@@ -182,16 +210,9 @@ class HybridPolicy:
             look.notes.append("no device is known: shares are kept")
             return
         planner, spec = look.planner, look.function.spec
-        if planner is None:
-            look.notes.append("no prediction for this function yet")
-            return
+        assert planner is not None
         sm_pct = self._sm_pct(look, planner)
-        if sm_pct is None:
-            fastest_ms = planner.fastest_s * 1e3
-            look.notes.append(
-                f"no configuration meets the SLO of {spec.slo_ms} ms: the fastest possible takes {fastest_ms:.1f} ms"
-            )
-            return
+        assert sm_pct is not None
         for share in [s for s in look.draft.shares if s.failed]:
             look.draft.remove(share)
             look.notes.append(f"{share.instance} has failed and is replaced")
@@ -228,7 +249,10 @@ class HybridPolicy:
         ladder = planner.ladder(sm_pct, regular=look.regular)
         seen = max(memory.history.peak_rps(), memory.history.burst_rps(settings))
         burst = _burst_rps(memory.history, look.capacity_rps, look.regular, settings, now_s)
-        look.rate_rps = rate = max(seen, burst)
+        memory = replace(memory, feedback=self._feedback(look, max(seen, burst), now_s))
+        look.rate_rps = rate = max(seen, burst) * memory.feedback.factor
+        if memory.feedback.active:
+            look.notes.append(memory.feedback.words())
         least = settings.least_rps if settings.lend else settings.least_reserved_rps
         if look.regular:
             least = max(least, settings.regular_least_rps)
@@ -280,10 +304,27 @@ class HybridPolicy:
                 memory = replace(memory, cheaper_since_s=None)
         look.memory = memory
         assert memory.plan is not None
-        self._enforce(look, memory.plan, room)
+        plan = memory.plan
+        if memory.feedback.secured:
+            plan = replace(plan, request_permille=plan.quota_permille)
+        self._enforce(look, plan, room)
         spare = 1.0 if settings.lend else settings.spare
         largest = ladder.cheapest(max(spare * rate, settings.spare_least_rps))
-        self._keep_parked(look, memory.plan, largest, room, now_s)
+        self._keep_parked(look, plan, largest, room, now_s)
+
+    def _feedback(self, look: _Look, rate_rps: float, now_s: float) -> Feedback:
+        """What lateness asks for that the rate does not explain."""
+        settings, memory = self._settings, look.memory
+        coming = any(share.coming for share in look.draft.active)
+        settled = now_s - memory.changed_s >= settings.feedback_after_s and not coming
+        return slo_feedback.observe(
+            memory.feedback,
+            look.function.demand,
+            look.function.spec.slo_s,
+            suffices=settled and look.capacity_rps >= rate_rps,
+            now_s=now_s,
+            settings=settings,
+        )
 
     def _enforce(self, look: _Look, plan: Option, room: IndexedRoom) -> None:
         """Brings the shares to the plan as far as there is room; does nothing where they are there."""

@@ -73,6 +73,16 @@ class HybridSettings:
     most_parked: int = 4
     retire_s: float = 900.0
     """A parked instance beyond those goes after so long: held for that long it costs what a cold start does."""
+    feedback_after_s: float = 8.0
+    """Lateness counts against a plan that has been in force for so long: percentiles look back over 5 s ..."""
+    feedback_hold_s: float = 6.0
+    """... and when it has lasted for so long: one late request of few is no reason."""
+    feedback_factor: float = 1.25
+    """By how much more is planned for then, each time ..."""
+    feedback_most: float = 3.0
+    """... up to so many times the rate: a prediction that is further off is to be corrected, not outbid."""
+    feedback_ease_s: float = 60.0
+    """So long nothing must have been late before a step is taken back."""
     roomy: float = 0.25
     """Only while so much of the SMs is in no row."""
     idle_to_zero_s: float = 60.0
