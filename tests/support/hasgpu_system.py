@@ -134,11 +134,14 @@ def eventually(check: Any, *, within_s: float, every_s: float = 0.2) -> Any:
 class SteadyLoad:
     """Sends one text request every `period_s` in the background and keeps every outcome."""
 
-    def __init__(self, system: System, model: str, *, period_s: float, timeout_s: float = 15) -> None:
+    def __init__(
+        self, system: System, model: str, *, period_s: float, timeout_s: float = 15, text: str = "n{count}"
+    ) -> None:
         self._system = system
         self._model = model
         self._period_s = period_s
         self._timeout_s = timeout_s
+        self._text = text
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.ok_count = 0
@@ -168,7 +171,9 @@ class SteadyLoad:
             calls = []
             count = 0
             while not self._stop.wait(self._period_s):
-                call = stub.ModelInfer.future(text_request(self._model, f"n{count}"), timeout=self._timeout_s)
+                call = stub.ModelInfer.future(
+                    text_request(self._model, self._text.format(count=count)), timeout=self._timeout_s
+                )
                 call.add_done_callback(self._done)
                 calls.append(call)
                 count += 1

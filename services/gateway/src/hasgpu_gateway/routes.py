@@ -135,12 +135,14 @@ class Route:
     def latency_s(self, rows: int) -> float | None:
         """Returns the predicted time of a batch at the allocation in force, corrected by what was observed.
 
+        It is that at the limit, which idle time lets it reach; what the neighbours take of it is in the correction.
+
         None: there is neither a table nor an observation.
         """
         if self._table is None:
             return self._observed_s
         allocation = self.event.allocation
-        predicted_s = self._table.latency_s(rows, allocation.sm_pct, allocation.request_permille)
+        predicted_s = self._table.latency_s(rows, allocation.sm_pct, allocation.limit_permille)
         return None if predicted_s is None else predicted_s * self._ratio
 
     def trusted_rps(self) -> float | None:
@@ -190,7 +192,7 @@ class Route:
         if self._table is None:
             return
         allocation = self.event.allocation
-        predicted_s = self._table.latency_s(rows, allocation.sm_pct, allocation.request_permille)
+        predicted_s = self._table.latency_s(rows, allocation.sm_pct, allocation.limit_permille)
         if predicted_s:
             low, high = _RATIO_BOUNDS
             seen = min(high, max(low, took_s / predicted_s))
@@ -203,7 +205,7 @@ class Route:
         allocation = self.event.allocation
         rates = []
         for rows in {1, self.max_rows, *(b for b in self._table.batches if b <= self.max_rows)}:
-            latency_s = self._table.latency_s(rows, allocation.sm_pct, allocation.request_permille)
+            latency_s = self._table.latency_s(rows, allocation.sm_pct, allocation.limit_permille)
             if latency_s:
                 rates.append(rows / latency_s)
         return max(rates, default=None)

@@ -254,7 +254,7 @@ def _activated(
     if request.request_permille is not None:
         permille = request.request_permille
     elif active:
-        permille = max((item.allocation for item in active), key=lambda a: a.gpu_share).request_permille
+        permille = _largest(active).request_permille
         if permille > most_permille:
             permille = max((quota for quota in quotas if quota <= most_permille), default=permille)
     else:
@@ -262,8 +262,15 @@ def _activated(
     if permille > most_permille:
         return None
     more = permille - parked.request_permille
-    allocation = _with_quota(replace(parked, request_permille=permille), request)
+    # Parked, it may not borrow either; active, it may as much as the others: where little is asked for, that is its
+    # share.
+    limit = max(parked.limit_permille, permille, _largest(active).limit_permille if active else 0)
+    allocation = _with_quota(replace(parked, request_permille=permille, limit_permille=limit), request)
     return DesiredInstance(standby.instance, allocation), [_grown(device, {key: more}) for device in devices]
+
+
+def _largest(active: Sequence[DesiredInstance]) -> Allocation:
+    return max((item.allocation for item in active), key=lambda a: (a.gpu_share, a.sm_pct * a.limit_permille))
 
 
 def _allocation_with_room(
@@ -275,7 +282,7 @@ def _allocation_with_room(
     and fit; where no table says which these are, a whole row of the largest SM share that fits.
     """
     if active:
-        options = [max((item.allocation for item in active), key=lambda a: a.gpu_share)]
+        options = [_largest(active)]
     else:
         points = sorted(
             {(p.sm_pct, p.quota_permille) for table in view.tables.values() for p in table.feasible()},
