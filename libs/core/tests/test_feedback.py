@@ -60,6 +60,14 @@ def test_a_long_wait_is_lateness_too() -> None:
     assert run(Feedback(), waiting, 0, SETTINGS.feedback_hold_s + 1).secured
 
 
+def test_at_the_first_late_request_all_idle_time_may_be_used_for_a_while() -> None:
+    feedback = run(Feedback(), LATE, 0, 0.25, suffices=False)
+    assert feedback.strained(1.0, SETTINGS)
+    assert not feedback.strained(1.0, replace(SETTINGS, lend=False))
+    assert run(feedback, FINE, 1, 5).strained(6.0, SETTINGS)
+    assert not run(feedback, FINE, 1, 5).strained(SETTINGS.strain_s + 1, SETTINGS)
+
+
 def test_it_is_taken_back_step_by_step_and_more_slowly_when_that_was_too_soon() -> None:
     feedback = run(Feedback(), LATE, 0, 20)
     assert feedback.secured

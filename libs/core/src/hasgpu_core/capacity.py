@@ -61,6 +61,9 @@ class CapacityTable:
     """The same, on the others."""
     drift: str = ""
     """In words while the profile no longer describes the function; a new one is being measured then."""
+    spread_permille: int = 1_000
+    """Of batches of one configuration: so many times its predicted latency is what has to fit into the objective. It is
+    in the points' capacities, not in their latencies."""
     profiled_max_batch: int = 0
     """The largest batch that was measured; larger ones are extrapolated. 0: none was."""
     _index: dict[tuple[int, int, int], CapacityPoint] = field(init=False, repr=False, compare=False, hash=False)

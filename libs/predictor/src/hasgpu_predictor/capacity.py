@@ -87,6 +87,7 @@ def capacity_table(
         points=points,
         basis=surface.basis,
         infeasible_reason=reason,
+        spread_permille=round(SPREAD_FACTOR * 1e3),
     )
 
 

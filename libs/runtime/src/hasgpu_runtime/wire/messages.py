@@ -271,6 +271,7 @@ def capacity_table_to_proto(value: CapacityTable) -> events_pb2.CapacityEvent:
         run_correction_permille=value.run_correction_permille,
         drift=value.drift,
         profiled_max_batch=value.profiled_max_batch,
+        spread_permille=value.spread_permille,
     )
 
 
@@ -290,6 +291,7 @@ def capacity_table_from_proto(wire: events_pb2.CapacityEvent) -> CapacityTable:
         run_correction_permille=wire.run_correction_permille or 1_000,
         drift=wire.drift,
         profiled_max_batch=wire.profiled_max_batch,
+        spread_permille=wire.spread_permille or 1_000,
     )
 
 

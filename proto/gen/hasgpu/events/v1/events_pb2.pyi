@@ -425,6 +425,7 @@ class CapacityEvent(_message.Message):
     RUN_CORRECTION_PERMILLE_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
     PROFILED_MAX_BATCH_FIELD_NUMBER: _builtins.int
+    SPREAD_PERMILLE_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     function_revision: _builtins.int
     device_model: _builtins.str
@@ -445,6 +446,8 @@ class CapacityEvent(_message.Message):
     """In words while the profile no longer describes the function; a new one is being measured then."""
     profiled_max_batch: _builtins.int
     """The largest batch that was measured; larger ones are extrapolated. 0: none."""
+    spread_permille: _builtins.int
+    """So many times the predicted latency, in per mille, has to fit into the objective. 0: by a rapp that does not tell."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapacityPoint]: ...
     def __init__(
@@ -463,10 +466,11 @@ class CapacityEvent(_message.Message):
         run_correction_permille: _builtins.int = ...,
         drift: _builtins.str = ...,
         profiled_max_batch: _builtins.int = ...,
+        spread_permille: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "computed_unix_ns", b"computed_unix_ns", "correction_permille", b"correction_permille", "device_model", b"device_model", "drift", b"drift", "function", b"function", "function_revision", b"function_revision", "infeasible_reason", b"infeasible_reason", "points", b"points", "profiled_max_batch", b"profiled_max_batch", "run_correction_permille", b"run_correction_permille", "slo_ms", b"slo_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "computed_unix_ns", b"computed_unix_ns", "correction_permille", b"correction_permille", "device_model", b"device_model", "drift", b"drift", "function", b"function", "function_revision", b"function_revision", "infeasible_reason", b"infeasible_reason", "points", b"points", "profiled_max_batch", b"profiled_max_batch", "run_correction_permille", b"run_correction_permille", "slo_ms", b"slo_ms", "spread_permille", b"spread_permille", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,9 +1,11 @@
 """What is done when requests are late although the plan claims to suffice: a prediction that is off, a full row.
 
-Lateness that a larger rate explains is the plan's business. What is left has two causes, taken in this order: others
-use the time that the instances counted on borrowing, so they are given what they need as their own (`secured`); or
-batches take longer than predicted, so the plan is made for more than the rate (`factor`). Both end again, step by step,
-when nothing has been late for a while, which grows each time that it was too short.
+At the first late request instances may use all that their rows have idle (`strained`): a vertical change of a limit,
+which costs only what is used. Lateness that a larger rate explains is then the plan's business. What lasts has two
+causes, taken in this order: others use the time that the instances counted on borrowing, so they are given what they
+need as their own (`secured`); or batches take longer than predicted, so the plan is made for more than the rate
+(`factor`). Both end again, step by step, when nothing has been late for a while, which grows each time that it was too
+short.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Feedback:
     """Instances ask for what they use, instead of borrowing it."""
     factor: float = 1.0
     """Times the rate that is planned for."""
+    late_s: float = -math.inf
+    """When requests were last late, or about to be."""
     late_since_s: float | None = None
     """Since when requests have been late without a break while the plan claims to suffice."""
     acted_s: float = -math.inf
@@ -39,6 +43,10 @@ class Feedback:
         """Whether it asks for anything."""
         return self.secured or self.factor > 1.0
 
+    def strained(self, now_s: float, settings: HybridSettings) -> bool:
+        """Whether instances may use all that is idle."""
+        return settings.lend and now_s - self.late_s < settings.strain_s
+
     def words(self) -> str:
         """What it asks for."""
         parts = ["shares are their own"] if self.secured else []
@@ -48,7 +56,7 @@ class Feedback:
 
 def late(demand: DemandView, slo_s: float) -> bool:
     """Whether requests miss the objective, or have waited for so long that they will."""
-    return (demand.p95_s is not None and demand.p95_s > slo_s) or demand.oldest_wait_s > slo_s
+    return (demand.p95_s is not None and demand.p95_s > slo_s) or demand.oldest_wait_s > slo_s / 2
 
 
 def observe(
@@ -67,6 +75,7 @@ def observe(
     """
     if not late(demand, slo_s):
         return _eased(replace(feedback, late_since_s=None), now_s, settings)
+    feedback = replace(feedback, late_s=now_s)
     if not suffices:
         return replace(feedback, late_since_s=None)
     since_s = now_s if feedback.late_since_s is None else feedback.late_since_s

@@ -148,19 +148,15 @@ class Planner:
         self._sms = [sm for sm in sm_rungs if sm >= table.sm_pcts[0]] if table.points else []
         self._max_batch = max_batch
 
-    @property
-    def fastest_s(self) -> float:
-        """The fastest that a request can be."""
-        return min((point.latency_s for point in self.table.points), default=math.inf)
-
     def latencies_s(self, sm_pct: int, quota_permille: int) -> tuple[float, ...]:
-        """Returns the latencies of batches of 1, 2, ...; no larger batch is faster than a smaller one."""
+        """Returns what batches of 1, 2, ... may take, their spread included; no larger one is faster than a smaller."""
         key = (sm_pct, quota_permille)
         known = self._latencies.get(key)
         if known is None:
             worst, out = 0.0, []
             for batch in range(1, self._max_batch + 1):
-                worst = max(worst, self.table.latency_s(batch, sm_pct, quota_permille) or math.inf)
+                latency_s = self.table.latency_s(batch, sm_pct, quota_permille) or math.inf
+                worst = max(worst, latency_s * self.table.spread_permille / WHOLE_PERMILLE)
                 out.append(worst)
             known = self._latencies[key] = tuple(out)
         return known

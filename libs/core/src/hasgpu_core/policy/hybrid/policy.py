@@ -181,7 +181,8 @@ class HybridPolicy:
         draft = Draft(function, headroom_permille=WHOLE_PERMILLE, stuck=stuck, refused=frozenset())
         memory = replace(memory, history=history, idle_since_s=idle_since_s, coming_since_s=coming_since_s)
         planner = self._planner(function, rungs)
-        regular = history.spacing.regular
+        # Even arrivals allow for plans without slack, which leave none for a prediction that is off.
+        regular = history.spacing.regular and not memory.feedback.active
         capacity = _sustained_rps(draft.ready, planner, regular=regular, lend=settings.lend) if planner else 0.0
         return _Look(function, draft, memory, planner, regular, capacity, history.peak_rps(), [])
 
@@ -307,6 +308,10 @@ class HybridPolicy:
         plan = memory.plan
         if memory.feedback.secured:
             plan = replace(plan, request_permille=plan.quota_permille)
+        if memory.feedback.strained(now_s, settings):
+            plan = replace(plan, quota_permille=WHOLE_PERMILLE)
+            if not memory.feedback.active:
+                look.notes.append("requests are late or about to be: all idle time may be used")
         self._enforce(look, plan, room)
         spare = 1.0 if settings.lend else settings.spare
         largest = ladder.cheapest(max(spare * rate, settings.spare_least_rps))

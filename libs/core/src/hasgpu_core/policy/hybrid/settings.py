@@ -73,6 +73,8 @@ class HybridSettings:
     most_parked: int = 4
     retire_s: float = 900.0
     """A parked instance beyond those goes after so long: held for that long it costs what a cold start does."""
+    strain_s: float = 20.0
+    """Since a request was late, or about to be, instances may use all that is idle for so long."""
     feedback_after_s: float = 8.0
     """Lateness counts against a plan that has been in force for so long: percentiles look back over 5 s ..."""
     feedback_hold_s: float = 6.0
