@@ -343,7 +343,9 @@ class HybridPolicy:
                 kept += 1
             elif not share.standby or share.allocation.request_permille > PARKED_QUOTA_PERMILLE:
                 share.standby = True
-                _reshare(share, PARKED_QUOTA_PERMILLE, PARKED_QUOTA_PERMILLE)
+                # The limit stays: what it is running when it is parked may still borrow, or it would take for ever.
+                limit_permille = share.allocation.limit_permille if self._settings.lend else PARKED_QUOTA_PERMILLE
+                _reshare(share, PARKED_QUOTA_PERMILLE, limit_permille)
         for share in [s for s in mine if s.coming][: plan.count - kept]:
             share.standby = False
             kept += 1
@@ -448,9 +450,11 @@ class HybridPolicy:
 
     def _decision(self, look: _Look, now_s: float) -> Decision:
         draft, demand = look.draft, look.function.demand
-        changes = draft.actions()
-        actions = (*changes, *_limit_actions(draft))
-        words = [change_words(action, draft) for action in changes] + look.notes or ["nothing to do"]
+        changes, limits = draft.actions(), _limit_actions(draft)
+        actions = (*changes, *limits)
+        words = [change_words(action, draft) for action in changes]
+        words += [f"limit of {a.instance} {pct(a.from_permille)} -> {pct(a.to_permille)}" for a in limits]
+        words = words + look.notes or ["nothing to do"]
         observed = "no data" if demand.rate_rps is None else f"{demand.rate_rps:.1f} rps"
         kind = "regular" if look.regular else "random"
         return Decision(
