@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 from hasgpu_core.capacity import CapacityPoint, CapacityTable
-from hasgpu_core.cluster import ClusterSnapshot, DemandView, FunctionView
+from hasgpu_core.cluster import ClusterSnapshot, DemandView, FunctionView, InstanceView
 from hasgpu_core.errors import InvalidError
 from hasgpu_core.function import Artifact, FunctionSpec, ModelFormat, SloClass, TensorSpec, slo_class_of
 from hasgpu_core.policy.hybrid import HybridPolicy, HybridSettings
 from hasgpu_core.policy.hybrid.plan import poisson_tail
 from hasgpu_core.policy.hybrid.spacing import Spacing
 from hasgpu_core.policy.scaling import PolicyState
-from hasgpu_core.resources import DeviceInfo, DeviceState
+from hasgpu_core.resources import Allocation, DeviceInfo, DeviceState, InstanceState
 
 ENOUGH = HybridSettings().regular_evidence
 
@@ -96,6 +97,34 @@ def test_what_cannot_be_is_said_in_words() -> None:
     assert "no configuration meets the SLO of 10 ms; the fastest that has room takes 20 ms" in impossible
     assert "no room: no emu has" in reason(spec_of("f", slo_ms=100, memory_bytes=4 << 30), (GPU,))
     assert "4096 MiB" in reason(spec_of("f", slo_ms=100, memory_bytes=4 << 30), (GPU,))
+
+
+def test_a_failed_worker_is_left_to_its_agent_and_replaced_once_beside_one_that_serves() -> None:
+    points = tuple(CapacityPoint(1, 50, q, 20.0 / q, 10.0) for q in (500, 1000))
+    spec = spec_of("f", slo_ms=100)
+    table = CapacityTable("f", 1, "emu", 1, 0, 100, points)
+
+    def wanted(*states: InstanceState, needed_rps: float) -> list[str]:
+        views = tuple(
+            InstanceView(f"f-{i}", Allocation(50, 11, 1000, 1 << 30), state, "n", f"g{i}", 0, "emu", reason="it died")
+            for i, state in enumerate(states)
+        )
+        gpus = tuple(replace(GPU, info=replace(GPU.info, gpu=f"g{i}")) for i in range(6))
+        policy, state, decisions = HybridPolicy(), PolicyState(), ()
+        for tick in range(80):
+            demand = DemandView(rate_rps=needed_rps, arrived_items_count=int(needed_rps * tick / 10))
+            view = FunctionView(spec, 1, demand, views, {"emu": table}, next_ordinal=len(views))
+            decisions, state = policy.decide(ClusterSnapshot((view,), gpus), state, tick / 10)
+        return [share.instance for share in decisions[0].desired]
+
+    failed, ready = InstanceState.FAILED, InstanceState.READY
+    assert wanted(failed, needed_rps=1.0) == ["f-0"]
+    assert wanted(failed, failed, needed_rps=1.0) == ["f-0", "f-1"]
+    assert wanted(ready, failed, needed_rps=1.0) == ["f-0"]
+    two = wanted(ready, failed, needed_rps=60.0)
+    assert two[:2] == ["f-0", "f-1"]
+    assert len(two) >= 3
+    assert len(wanted(ready, failed, failed, needed_rps=60.0)) < len(two) + 1
 
 
 def test_slo_classes_by_name() -> None:

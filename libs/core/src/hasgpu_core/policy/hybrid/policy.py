@@ -214,9 +214,9 @@ class HybridPolicy:
         assert planner is not None
         sm_pct = self._sm_pct(look, planner)
         assert sm_pct is not None
-        for share in [s for s in look.draft.shares if s.failed]:
+        for share in [s for s in look.draft.shares if s.failed and not _is_broken(s)]:
             look.draft.remove(share)
-            look.notes.append(f"{share.instance} has failed and is replaced")
+            look.notes.append(f"{share.instance} does not get ready and is replaced")
         if self._goes_to_zero(look, now_s):
             return
         demanded = look.function.demand.queued_items_count or look.function.demand.rate_rps
@@ -349,10 +349,18 @@ class HybridPolicy:
         for share in [s for s in mine if s.coming][: plan.count - kept]:
             share.standby = False
             kept += 1
-        while kept < plan.count and len(draft.active) < look.function.spec.max_instances:
+        # A worker that has failed is started again by its agent, less and less often: a new instance each time would go
+        # round that. Beside those that serve one replacement is made; when it serves, the failed ones go.
+        broken = [s for s in draft.shares if _is_broken(s)]
+        held = max(0, len(broken) - bool(ready))
+        look.notes += [f"{s.instance} has failed ({s.view.reason if s.view else ''})" for s in broken]
+        while kept + held < plan.count and len(draft.active) < look.function.spec.max_instances:
             if self._add(look, plan, room, standby=False) is None:
                 break
             kept += 1
+        if broken and len(ready) >= plan.count:
+            for share in broken:
+                draft.remove(share)
         for share in [s for s in draft.shares if s.allocation.sm_pct != plan.sm_pct]:
             if any(s.ready for s in mine if not s.standby):
                 draft.remove(share)
@@ -494,6 +502,11 @@ def _sustained_rps(ready: Sequence[Share], planner: Planner, *, regular: bool, l
     together = min(planner.rate_rps(sm, q, len(ready), regular=regular) for sm, q in kinds)
     alone = max(planner.rate_rps(sm, q, 1, regular=regular) for sm, q in kinds)
     return max(together, alone)
+
+
+def _is_broken(share: Share) -> bool:
+    """Whether its worker has failed; its agent starts it again."""
+    return share.view is not None and share.view.state is InstanceState.FAILED
 
 
 def _reshare(share: Share, request_permille: int, limit_permille: int) -> None:
