@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
 import subprocess
@@ -150,6 +151,21 @@ class ComposeStack:
         if check and done.returncode != 0:
             raise AssertionError(f"hasgpu {' '.join(args)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
+
+    def run_once(self, service: str, **environ: str) -> tuple[int, str]:
+        """Runs a service with other settings until it ends; returns its exit code and what it printed.
+
+        It is detached and waited for: attached, Compose 1.29 may miss the end of what ends at once.
+        """
+        name = f"{PROJECT}-once-{secrets.token_hex(4)}"
+        settings = [part for key, value in environ.items() for part in ("-e", f"{key}={value}")]
+        self.run("run", "--detach", "--no-deps", "--name", name, *settings, service)
+        try:
+            code = int(self.docker("wait", name))
+            seen = subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=True, timeout=120)
+        finally:
+            self.docker("rm", "--force", name)
+        return code, seen.stdout + seen.stderr
 
     def tool(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """The command in its container, where all services can be reached."""
