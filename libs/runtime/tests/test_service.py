@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from hasgpu_core.errors import UnavailableError
 from hasgpu_runtime import service
 from hasgpu_runtime.brokers import NatsServer, RedisServer
 
@@ -119,3 +120,28 @@ async def test_a_task_that_swallows_a_cancellation_is_cancelled_again(monkeypatc
         await asyncio.sleep(0)
         await group.end()
     assert swallowed == [1]
+
+
+async def test_a_failure_ends_a_task_that_swallows_its_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "CANCEL_AGAIN_S", 0.05)
+    swallowed = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            swallowed.append(1)
+        await asyncio.sleep(600)
+
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise UnavailableError("the device is away")
+
+    async with asyncio.timeout(60):
+        with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012  the group is what raises
+            async with service._Group() as group:
+                group.create_task(stubborn())
+                group.create_task(fails())
+                await asyncio.sleep(600)
+    assert [str(error) for error in caught.value.exceptions] == ["the device is away"]
+    assert swallowed

@@ -198,6 +198,7 @@ class _Group(asyncio.TaskGroup):
     def __init__(self) -> None:
         super().__init__()
         self._running: set[asyncio.Task[Any]] = set()
+        self._ending: asyncio.Future[None] | None = None
 
     def create_task(
         self,
@@ -209,8 +210,14 @@ class _Group(asyncio.TaskGroup):
         """Starts a task."""
         task = super().create_task(coro, name=name, context=context)
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._has_ended)
         return task
+
+    def _has_ended(self, task: asyncio.Task[Any]) -> None:
+        """A failure makes the group cancel its other tasks, once; who swallows that would keep the process for ever."""
+        self._running.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._ending is None:
+            self._ending = asyncio.ensure_future(self.end())
 
     async def end(self) -> None:
         """Cancels all tasks until they have ended; now and then a call of gRPC or NATS swallows a cancellation."""
