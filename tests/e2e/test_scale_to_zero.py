@@ -42,7 +42,7 @@ def test_a_request_waits_for_the_cold_start_and_then_it_goes_to_zero_again(sleep
         answer = call.result()
     assert unpack_bytes(answer.raw_output_contents[0]) == [b"good morning"]
     woken = sleeper.instances(NAME)
-    assert [i["state"] for i in woken] == ["ready"]
+    assert "ready" in [i["state"] for i in woken]  # beside it one may be starting to be parked
     asleep(sleeper)
     went = [d for d in sleeper.json("explain", NAME) if "scaled to zero" in d["reason"]]
     assert went
