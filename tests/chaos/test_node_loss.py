@@ -46,16 +46,9 @@ def runs(pid: int) -> bool:
         return False
 
 
-PARKED_PERMILLE = 10
-
-
 def ready(system: System) -> list[dict[str, Any]]:
     """Those that serve; beside them some may be parked."""
-    return [
-        instance
-        for instance in system.instances("tricky")
-        if instance["state"] == "ready" and instance["allocation"]["request_permille"] > PARKED_PERMILLE
-    ]
+    return [instance for instance in system.serving("tricky") if instance["state"] == "ready"]
 
 
 def agent_pid(system: System, node: str) -> int:

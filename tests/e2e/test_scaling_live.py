@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hasgpu_system import SteadyLoad, System, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-PARKED_PERMILLE = 10
-
-
-def serving(system: System) -> list[dict[str, Any]]:
-    """Its instances without those that are parked."""
-    return [i for i in system.instances("tricky") if i["allocation"]["request_permille"] > PARKED_PERMILLE]
-
 
 def test_a_quota_changes_under_load_without_a_restart(system: System, scale: Callable[..., None]) -> None:
-    before = serving(system)
+    before = system.serving("tricky")
     assert len(before) == 1
     with SteadyLoad(system, "tricky", period_s=0.05) as load:
         for quota_pct in (60, 20, 80):
             scale("tricky", "--quota", str(quota_pct), "--hold", "30")
 
             def in_force(quota_permille: int = quota_pct * 10) -> bool:
-                return [i["allocation"]["request_permille"] for i in serving(system)] == [quota_permille]
+                return [i["allocation"]["request_permille"] for i in system.serving("tricky")] == [quota_permille]
 
             eventually(in_force, within_s=10)
-    after = serving(system)
+    after = system.serving("tricky")
     assert load.errors == []
     assert load.ok_count == load.sent_count > 20
     assert [(i["instance"], i["restarts_count"]) for i in after] == [
@@ -41,7 +33,7 @@ def test_a_quota_changes_under_load_without_a_restart(system: System, scale: Cal
 
 def test_no_request_is_lost_when_an_instance_retires(system: System, scale: Callable[..., None]) -> None:
     def ready_count(wanted: int) -> bool:
-        return [i["state"] for i in serving(system)] == ["ready"] * wanted
+        return [i["state"] for i in system.serving("tricky")] == ["ready"] * wanted
 
     def two_ready() -> bool:
         return ready_count(2)

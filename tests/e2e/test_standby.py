@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hasgpu_core.resources import PARKED_QUOTA_PERMILLE
 from hasgpu_system import SteadyLoad, System, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NAME = "spare"
-PARKED_PERMILLE = 10
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def parked_and_active(system: System) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def one_of_each() -> tuple[dict[str, Any], dict[str, Any]] | None:
         ready = [i for i in system.instances(NAME) if i["state"] == "ready"]
-        parked = [i for i in ready if i["allocation"]["request_permille"] == PARKED_PERMILLE]
-        active = [i for i in ready if i["allocation"]["request_permille"] > PARKED_PERMILLE]
+        parked = [i for i in ready if i["allocation"]["request_permille"] == PARKED_QUOTA_PERMILLE]
+        active = [i for i in ready if i["allocation"]["request_permille"] > PARKED_QUOTA_PERMILLE]
         return (parked[0], active[0]) if len(parked) == len(active) == 1 else None
 
     found: tuple[dict[str, Any], dict[str, Any]] = eventually(one_of_each, within_s=60)
@@ -52,7 +52,7 @@ def test_a_standby_gets_nothing_until_it_is_asked_for(spare: System) -> None:
 
     def activated() -> bool:
         now = instance(spare, parked["instance"])
-        return now["allocation"]["request_permille"] > PARKED_PERMILLE and now["state"] == "ready"
+        return now["allocation"]["request_permille"] > PARKED_QUOTA_PERMILLE and now["state"] == "ready"
 
     eventually(activated, within_s=5)
     seen = spare.instances(NAME)

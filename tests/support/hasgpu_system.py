@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from hasgpu.inference.v2 import inference_pb2 as oip
 from hasgpu.inference.v2 import inference_pb2_grpc as oip_grpc
+from hasgpu_core.resources import PARKED_QUOTA_PERMILLE
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FUNCTIONS = ROOT / "tests" / "support" / "functions"
@@ -101,6 +102,10 @@ class System:
 
     def instances(self, function: str) -> list[dict[str, Any]]:
         return list(self.json("describe", function)["function"]["instances"])
+
+    def serving(self, function: str) -> list[dict[str, Any]]:
+        """Its instances without those that are parked, in whatever state."""
+        return [i for i in self.instances(function) if i["allocation"]["request_permille"] > PARKED_QUOTA_PERMILLE]
 
     @contextmanager
     def stub(self) -> Iterator[Any]:
