@@ -54,7 +54,10 @@ def test_two_requests_at_once_start_one_instance(sleeper: System) -> None:
     with sleeper.stub() as stub:
         calls = [stub.ModelInfer.future(text_request(NAME, f"n{i}"), timeout=50) for i in range(2)]
         assert [unpack_bytes(call.result().raw_output_contents[0]) for call in calls] == [[b"n0"], [b"n1"]]
-    assert len(sleeper.instances(NAME)) == 1
+    decisions = list(reversed(sleeper.json("explain", NAME)))
+    last = max(at for at, decision in enumerate(decisions) if "scaled to zero" in decision["reason"])
+    woke = next(decision for decision in decisions[last + 1 :] if decision["actions"])
+    assert [action["kind"] for action in woke["actions"]] == ["horizontal_up"]
 
 
 def test_a_deadline_shorter_than_the_cold_start_is_told_clearly(sleeper: System) -> None:

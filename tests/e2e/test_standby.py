@@ -24,16 +24,17 @@ def spare(system: System, copy_of_tricky: Callable[..., pathlib.Path]) -> Iterat
 
 
 def parked_and_active(system: System) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Waits for exactly one ready instance of each kind."""
+    """The instance of each kind, once there is one of each; they are held: no policy changes which is which."""
 
-    def one_of_each() -> tuple[dict[str, Any], dict[str, Any]] | None:
-        ready = [i for i in system.instances(NAME) if i["state"] == "ready"]
-        parked = [i for i in ready if i["allocation"]["request_permille"] == PARKED_QUOTA_PERMILLE]
-        active = [i for i in ready if i["allocation"]["request_permille"] > PARKED_QUOTA_PERMILLE]
-        return (parked[0], active[0]) if len(parked) == len(active) == 1 else None
+    def one_of_each() -> bool:
+        return len(system.instances(NAME)) == 2 and len(system.serving(NAME)) == 1
 
-    found: tuple[dict[str, Any], dict[str, Any]] = eventually(one_of_each, within_s=60)
-    return found
+    eventually(one_of_each, within_s=60)
+    system.hold(NAME, 1, for_s=120)
+    (active,) = system.serving(NAME)
+    (parked,) = [i for i in system.instances(NAME) if i["instance"] != active["instance"]]
+    assert parked["allocation"]["request_permille"] == PARKED_QUOTA_PERMILLE
+    return parked, active
 
 
 def instance(system: System, name: str) -> dict[str, Any]:

@@ -107,6 +107,24 @@ class System:
         """Its instances without those that are parked, in whatever state."""
         return [i for i in self.instances(function) if i["allocation"]["request_permille"] > PARKED_QUOTA_PERMILLE]
 
+    def hold(self, function: str, count: int, *, for_s: int) -> None:
+        """Holds `count` serving instances, once every instance is ready: none comes, goes or is parked after that."""
+
+        def all_ready() -> bool:
+            states = {i["state"] for i in self.instances(function)}
+            return states == {"ready"} and len(self.serving(function)) == count
+
+        def held() -> bool:
+            asked = ("scale", function, "--instances", str(count), "--hold")
+            if not all_ready() or self.cli(*asked, str(for_s), check=False).returncode != 0:
+                return False
+            if all_ready():
+                return True
+            self.cli(*asked, "1", check=False)  # one was just coming or going: let it, and look again
+            return False
+
+        eventually(held, within_s=90)
+
     @contextmanager
     def stub(self) -> Iterator[Any]:
         options = [
