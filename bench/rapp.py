@@ -4,7 +4,8 @@
 
 Cross-validated on the given files: a random tenth of all rows held out (`--repeats` seeds), seven random folds of
 models, and each family of three models or more held out in turn, predicted from operators and 11 probes (five rows
-and six graph probes); the folds also with 0, 3, 5 and 25 probes. Beside them the noise of the data. Errors are mean
+and six graph probes); the folds also with 0, 3, 5 and 25 probes, and with 11 of which one is
+measured at batch 8 and 15 % of the SMs. Beside them the noise of the data. Errors are mean
 absolute errors in per cent of the measured latency, over surfaces made monotone as they are served. `--quick`: a part
 of the models.
 """
@@ -39,6 +40,8 @@ FOLDS_COUNT = 7
 FAMILY_MIN = 3
 """Smaller ones are left out: one or two models tell little of a family."""
 PROBE_COUNTS = (0, 3, 5, 11, 25)
+DEVICE_PROBE = 8.0, 15.0
+"""Batch and SM share of the one row that `spread_probes` measures away from the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,19 @@ def probes_with(sample: Sample, count: int, rng: np.random.Generator) -> Probes:
         rows = np.column_stack([sample.configurations, sample.latency_ms])[chosen].tolist()
         others = tuple((b, s, q, ms) for b, s, q, ms in rows)
     return Probes(probes.batch, probes.sm_pct, probes.by_quota_ms, graph, others)
+
+
+def spread_probes(sample: Sample) -> Probes:
+    """Returns 11 probes too, one row of the five (quota 80) measured where the device decides: large batch, few SMs."""
+    probes = probes_of(sample, 4, 100, (20.0, 40.0, 60.0, 100.0))
+    batch, sm, quota = sample.configurations.T
+    whole = np.flatnonzero(quota == 100)
+    if not len(whole):
+        return probes
+    apart = np.abs(np.log2(batch[whole] / DEVICE_PROBE[0])), np.abs(sm[whole] - DEVICE_PROBE[1])
+    row = whole[np.lexsort((apart[1], apart[0]))[0]]
+    other = (float(batch[row]), float(sm[row]), 100.0, float(sample.latency_ms[row]))
+    return Probes(probes.batch, probes.sm_pct, probes.by_quota_ms, probes.graph_ms, (other,))
 
 
 def is_probe(configurations: Array, probes: Probes) -> NDArray[np.bool_]:
@@ -95,6 +111,7 @@ def unseen_models(
     """Trains without each fold in turn and predicts it with each number of probes."""
     rng = np.random.default_rng(options.seed)
     found: dict[int, dict[str, dict[str, Errors]]] = {count: {} for count in counts}
+    spread: dict[str, dict[str, Errors]] = {}
     train_s = []
     for name, models in folds.items():
         began_s = time.perf_counter()
@@ -105,11 +122,14 @@ def unseen_models(
         train_s.append(time.perf_counter() - began_s)
         for count in counts:
             found[count][name] = {m: errors_of(model, samples[m], probes_with(samples[m], count, rng)) for m in models}
+        spread[name] = {m: errors_of(model, samples[m], spread_probes(samples[m])) for m in models}
         told = ", ".join(f"{count} probes {fold_mape(found[count][name]):.2f} %" for count in counts)
+        told += f", 11 spread {fold_mape(spread[name]):.2f} %"
         print(f"without {name} ({len(models)} models): {told}; trained in {train_s[-1]:.1f} s", flush=True)
     return {
         "train_s": statistics.median(train_s),
         "by_probes": {str(count): digest(found[count]) for count in counts},
+        "spread_11_probes": digest(spread),
     }
 
 

@@ -32,6 +32,7 @@ from hasgpu_predictor import (
     table_axes,
     workload_digest,
 )
+from hasgpu_predictor.model import measured_axes
 from hasgpu_predictor.surface import monotone
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,6 +182,16 @@ def test_few_rows_leave_the_physical_estimate_alone() -> None:
 def test_foreign_profile_is_refused() -> None:
     with pytest.raises(InvalidError, match="cpu-2c"):
         LatencyModel.train([measured()], device_model="cpu-4c", version=1, settings=FAST)
+
+
+def test_measured_places_stand_where_the_learnt_part_serves() -> None:
+    profiles = [measured(noise=0.0, seed=seed) for seed in range(3)]
+    model = LatencyModel.train(profiles, device_model="cpu-2c", version=1, settings=replace(FAST, cross_validate=False))
+    assert model.regressor is not None
+    points = profiles[0].points
+    surface = model.surface(profiles[0], measured_axes(points))
+    batch, sm, quota = np.array([p.configuration for p in points], float).T
+    assert surface.at(batch, sm, quota) == pytest.approx([p.latency_s for p in points], rel=1e-6)
 
 
 def test_surface_is_monotone_whatever_the_noise() -> None:

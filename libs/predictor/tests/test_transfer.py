@@ -11,6 +11,7 @@ from hasgpu_core.errors import IntegrityError, InvalidError
 from hasgpu_predictor import Axes, Operator, Probes, Sample, TransferSettings, Workload, train_transfer
 from hasgpu_predictor.curves import BatchSteps, groups_per_launch
 from hasgpu_predictor.intervals import Intervals
+from hasgpu_predictor.likeness import folds_of_like
 from hasgpu_predictor.operators import V100, kernel_of, roofline_columns
 from hasgpu_predictor.surface import Surface
 from hasgpu_predictor.transfer import probes_of
@@ -173,3 +174,33 @@ def test_kept_model_predicts_the_same_and_a_corrupt_one_is_refused(tmp_path: Pat
     (tmp_path / "transfer.json").write_text(json.dumps(card | {"format": "other"}))
     with pytest.raises(InvalidError, match="hasgpu-transfer-model-2"):
         load_transfer(tmp_path)
+
+
+def test_a_further_probe_that_the_device_decided_moves_the_device_time() -> None:
+    every = samples()
+    model = train_transfer(every[1:], FAST)
+    held = every[0]
+    probes = probes_of(held, 4, 100)
+    view = model.view(held.workload, probes)
+    place = np.array([8.0]), np.array([5.0])
+    guess_ms = float(np.exp(view.device_log_ms(*place)[0][0]))
+
+    def told(latency_ms: float, quota_pct: float) -> float:
+        others = ((8.0, 5.0, quota_pct, latency_ms),)
+        more = Probes(probes.batch, probes.sm_pct, probes.by_quota_ms, probes.graph_ms, others)
+        return float(np.exp(model.view(held.workload, more).device_log_ms(*place)[0][0]))
+
+    assert told(1.3 * guess_ms, 100.0) > 1.15 * guess_ms
+    # at a small quota the gate may have decided it, and so it may below the fastest probe
+    assert told(1.3 * guess_ms, 20.0) == pytest.approx(guess_ms)
+    assert told(0.5 * min(probes.by_quota_ms.values()), 100.0) == pytest.approx(guess_ms)
+
+
+def test_models_alike_are_held_out_together() -> None:
+    narrow = [Workload.of([convolution(32, 28)] * (10 + k)) for k in range(3)]
+    depthwise = [Workload.of([convolution(256, 28, groups=256)] * (40 + k)) for k in range(3)]
+    folds = folds_of_like([*narrow, *depthwise], 1)
+    assert folds.tolist() == [0] * 6
+    folds = folds_of_like([narrow[0], depthwise[0], narrow[0], depthwise[0]], 2)
+    assert folds[0] == folds[2] != folds[1] == folds[3]
+    assert folds_of_like(narrow[:1], 5).tolist() == [0]

@@ -46,7 +46,8 @@ _SCALES: dict[str, float] = {
     "launches_log2": 0.35,
 }
 """Of the summary in the kernel of likeness."""
-_SCALE = np.array([_SCALES.get(name, 0.0) for name in SUMMARY])
+SUMMARY_SCALE = np.array([_SCALES.get(name, 0.0) for name in SUMMARY])
+"""Shape (len(SUMMARY),): by which likeness between models is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ def _log_times(matrix: Array, theta: Array) -> Array:
 def _covariance(a: Array, b: Array, *, same: bool | NDArray[np.bool_] | None) -> Array:
     """Between places of shape (n, 2 + len(SUMMARY)); `same`: which pairs are of one model (None: none)."""
     likes_all, likes_place, own_all, own_place = _VARIANCES
-    za, zb = a[:, 2:] * _SCALE, b[:, 2:] * _SCALE
+    za, zb = a[:, 2:] * SUMMARY_SCALE, b[:, 2:] * SUMMARY_SCALE
     apart = (za**2).sum(1)[:, None] + (zb**2).sum(1)[None, :] - 2 * za @ zb.T
     alike = np.exp(-np.maximum(apart, 0.0) / 2 / _LENGTH_MODEL**2)
     steps = ((a[:, 0][:, None] - b[:, 0][None, :]) / _LENGTH_BATCH) ** 2

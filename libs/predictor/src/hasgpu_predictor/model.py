@@ -146,12 +146,18 @@ class LatencyModel:
 
     def surface(self, profile: Profile, axes: Axes) -> Surface:
         """Returns the monotone surface of a profiled function. Raises InvalidError for a profile without points."""
-        return self._monotone(FunctionView(profile.points), axes, "profiled")
+        return self._monotone(FunctionView(profile.points), profile.points, axes, "profiled")
 
-    def _monotone(self, view: FunctionView, axes: Axes, basis: str) -> Surface:
+    def _monotone(self, view: FunctionView, points: Sequence[ProfilePoint], axes: Axes, basis: str) -> Surface:
+        """The surface through what was measured, as near as a monotone one comes, and what is predicted between.
+
+        Where the physical estimate serves alone, points are too few or too noisy to stand as they are.
+        """
         axes.validate()
         configurations = axes.configurations()
         values = np.log(self.latencies_s(view, configurations)).reshape(axes.shape)
+        if self._regressor is not None:
+            _measured_into(values, points, axes)
         latency_s = np.exp(monotone(values))
         if self.card.intervals is None:
             return Surface(axes, latency_s, basis)
@@ -220,6 +226,15 @@ def measured_axes(points: Sequence[ProfilePoint]) -> Axes:
         tuple(sorted({p.sm_pct for p in points})),
         tuple(sorted({p.quota_permille for p in points})),
     )
+
+
+def _measured_into(values: Array, points: Sequence[ProfilePoint], axes: Axes) -> None:
+    """Sets the places of `values` (natural log of seconds, shape of the axes) that were measured."""
+    batches, sms, quotas = ({x: k for k, x in enumerate(a)} for a in (axes.batches, axes.sm_pcts, axes.quotas_permille))
+    for point in points:
+        at = batches.get(point.batch), sms.get(point.sm_pct), quotas.get(point.quota_permille)
+        if None not in at:
+            values[at] = np.log(point.latency_s)
 
 
 def _fit(by_workload: Mapping[str, Sequence[ProfilePoint]], settings: TrainingSettings) -> CatBoostRegressor | None:
@@ -300,7 +315,7 @@ def held_out(
     axes = measured_axes((*known, *held))
     view = FunctionView(known)
     measured_s = np.array([p.latency_s for p in held])
-    predicted_s = model._monotone(view, axes, "profiled").at(*configurations.T)
+    predicted_s = model._monotone(view, known, axes, "profiled").at(*configurations.T)
     return predicted_s, measured_s, view.physical.latency_s(*configurations.T), interval_keys(view, configurations)
 
 

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from hasgpu_predictor.curves import BatchSteps, CurveBank, groups_per_launch
 from hasgpu_predictor.device_times import DeviceTimeModel, Observation, Places, fit_device_times
 from hasgpu_predictor.intervals import Intervals
+from hasgpu_predictor.likeness import folds_of_like
 from hasgpu_predictor.operators import V100, Array, DataSheet, Workload
 from hasgpu_predictor.surface import Axes, Surface, monotone
 
 if TYPE_CHECKING:
-    from catboost import CatBoostRegressor
+    from catboost import CatBoost, CatBoostRegressor
 
 TRANSFER_FEATURES: tuple[str, ...] = (
     "quota_log",
@@ -76,7 +77,7 @@ class Probes:
     graph_ms: Mapping[float, float] = field(default_factory=dict)
     """Time of the whole graph at batch 1 without a quota, by SM share."""
     others: tuple[tuple[float, float, float, float], ...] = ()
-    """More points: batch, SM share, quota in per cent, latency in ms."""
+    """More points: batch, SM share, quota in per cent, latency in ms. Those that the device decided tell its time."""
 
     @property
     def count(self) -> int:
@@ -100,7 +101,10 @@ class TransferSettings:
     """How it is trained."""
 
     seed: int = 0
+    seeds_count: int = 3
+    """Regressors that are averaged into one, each from a seed of its own."""
     trees_count: int = 200
+    """Of one seed."""
     static_trees_count: int = 150
     depth: int = 6
     learning_rate: float = 0.08
@@ -224,8 +228,8 @@ class TransferModel:
     """Fitted to training models; immutable."""
 
     parts: TransferParts
-    probed: CatBoostRegressor
-    static: CatBoostRegressor
+    probed: CatBoost
+    static: CatBoost
     """For models without any probe."""
     probed_intervals: Intervals | None
     static_intervals: Intervals | None
@@ -247,22 +251,29 @@ class TransferModel:
         return self._predict(view, batch, sm, quota, device, spread)
 
     def _predict(
-        self, view: TransferView, batch: Array, sm: Array, quota: Array, device: Array, spread: Array
+        self,
+        view: TransferView,
+        batch: Array,
+        sm: Array,
+        quota: Array,
+        device: Array,
+        spread: Array,
+        *,
+        correct: bool = True,
     ) -> tuple[Array, Array]:
         rows, estimate = view.features(batch, sm, quota, device, spread)
         regressor = self.probed if view.probes.by_quota_ms else self.static
         logs = estimate + np.asarray(regressor.predict(rows, thread_count=1), float)
-        if view.probes.others:
+        if view.probes.others and correct:
             logs = logs + self._misfit(view, batch, sm, quota)
         return logs, rows[:, TRANSFER_FEATURES.index("device_over_curve_log")]
 
     def _misfit(self, view: TransferView, batch: Array, sm: Array, quota: Array) -> Array:
-        """What further probes say of the prediction, spread over their neighbourhood."""
+        """What further probes say of the prediction beyond the device time, spread over their neighbourhood."""
         others = np.array(view.probes.others)
-        bare = TransferView(self.parts, view.workload, Probes(view.probes.batch, view.probes.sm_pct,
-                            view.probes.by_quota_ms, view.probes.graph_ms))  # fmt: skip
-        known, _ = self.predict_log_ms(bare, others[:, :3])
-        off = np.log(others[:, 3]) - known
+        b, s, q, ms = others.T
+        known, _ = self._predict(view, b, s, q, *view.device_log_ms(b, s), correct=False)
+        off = np.log(ms) - known
         near = _likeness(np.column_stack([batch, sm, quota]), others[:, :3])
         among = _likeness(others[:, :3], others[:, :3]) + 0.3 * np.eye(len(others))
         return np.asarray(near @ np.linalg.solve(among, off))
@@ -319,6 +330,13 @@ def _observations(
         level = float(tail.mean())
         if abs(level - base) < 0.35 and not level < host - 0.3:
             found.append(Observation(probes.batch, probes.sm_pct, level, 0.02))
+    if np.isfinite(probed).any():
+        fastest = float(np.nanmin(probed))
+        for batch, sm, quota, ms in probes.others:
+            # a curve at a smaller quota may be higher: only what is as free as the fastest probe is sure to be device
+            free = quota >= quotas[np.isfinite(probed)].max()
+            if free and np.log(ms) > fastest + _MARGIN:
+                found.append(Observation(batch, sm, float(np.log(ms)), 0.02))
     return found
 
 
@@ -357,26 +375,35 @@ def train_transfer(
     bank, steps = _bank(samples, grid, cells), _steps(grid, cells)
     groups = np.array([groups_per_launch(workload) for workload in workloads])
     fold_of = rng.permutation(len(samples)) % settings.folds_count
-    table: list[_Rows] = []
-    for fold in range(settings.folds_count):
-        progress(f"features: fold {fold + 1} of {settings.folds_count}")
-        held = np.flatnonzero(fold_of == fold)
-        kept = ~np.isin(places.model, held)
-        fewer = Places(*(getattr(places, name)[kept] for name in ("model", "batch", "sm_pct", "log_ms")))
-        device = fit_device_times(workloads, fewer, settings.sheet, folds_count=5, rng=rng)
-        others = fold_of != fold
-        parts = TransferParts(device, bank.without(held), BatchSteps.fit(groups[others], steps[others]))
-        for model in held.tolist():
-            table += _rows(parts, samples[model], model, settings, rng)
+
+    def features(fold_of: NDArray[np.int64], told: str) -> list[_Rows]:
+        table: list[_Rows] = []
+        for fold in range(settings.folds_count):
+            progress(f"features{told}: fold {fold + 1} of {settings.folds_count}")
+            held = np.flatnonzero(fold_of == fold)
+            kept = ~np.isin(places.model, held)
+            fewer = Places(*(getattr(places, name)[kept] for name in ("model", "batch", "sm_pct", "log_ms")))
+            device = fit_device_times(workloads, fewer, settings.sheet, folds_count=5, rng=rng)
+            others = fold_of != fold
+            parts = TransferParts(device, bank.without(held), BatchSteps.fit(groups[others], steps[others]))
+            for model in held.tolist():
+                table += _rows(parts, samples[model], model, settings, rng)
+        return table
+
+    table = features(fold_of, "")
+    alike_of = folds_of_like(workloads, settings.folds_count)
+    alike = features(alike_of, " without models alike")
     device = fit_device_times(workloads, places, settings.sheet, folds_count=5, rng=rng)
     regressors, intervals, errors = [], [], []
     for static in (False, True):
         progress("fitting " + ("without probes" if static else "with probes"))
         mine = [rows for rows in table if rows.static == static]
         log_errors, keys, mape = _held_out(mine, fold_of, settings)
-        intervals.append(Intervals.fit(keys, log_errors))
+        # a new model may have relatives among the training models or none: the interval is that of both cases
+        strange = _held_out([rows for rows in alike if rows.static == static], alike_of, settings)
+        intervals.append(Intervals.fit(np.concatenate([keys, strange[1]]), np.concatenate([log_errors, strange[0]])))
         errors.append(mape)
-        regressors.append(_regressor(mine, settings))
+        regressors.append(_regressor(mine, settings, settings.seeds_count))
     return TransferModel(TransferParts(device, bank, BatchSteps.fit(groups, steps)), *regressors, *intervals, *errors)
 
 
@@ -420,13 +447,23 @@ def probes_of(
     return Probes(nearest, sm_pct, found, dict(sample.graph_ms))
 
 
-def _regressor(table: Sequence[_Rows], settings: TransferSettings) -> CatBoostRegressor:
-    from catboost import CatBoostError, CatBoostRegressor
+def _regressor(table: Sequence[_Rows], settings: TransferSettings, seeds_count: int) -> CatBoost:
+    from catboost import CatBoostError, sum_models
 
     features = np.concatenate([rows.features for rows in table if rows.learnt])
     target = np.concatenate([rows.measured - rows.estimate for rows in table if rows.learnt])
     static = table[0].static
-    regressor = CatBoostRegressor(
+    try:
+        grown = [_grower(settings, settings.seed + k, static=static).fit(features, target) for k in range(seeds_count)]
+        return grown[0] if seeds_count == 1 else sum_models(grown, weights=[1 / seeds_count] * seeds_count)
+    except CatBoostError as error:
+        raise ModelError(f"CatBoost can't fit {len(target)} rows: {error}") from error
+
+
+def _grower(settings: TransferSettings, seed: int, *, static: bool) -> CatBoostRegressor:
+    from catboost import CatBoostRegressor
+
+    return CatBoostRegressor(
         iterations=settings.static_trees_count if static else settings.trees_count,
         depth=settings.depth,
         learning_rate=settings.learning_rate,
@@ -438,16 +475,11 @@ def _regressor(table: Sequence[_Rows], settings: TransferSettings) -> CatBoostRe
         # with probes, single rows are off by the host's state, which a mean would follow; without, all rows are
         loss_function="RMSE" if static else "Huber:delta=0.05",
         ignored_features=[] if static else [TRANSFER_FEATURES.index(name) for name in _STATIC_FEATURES],
-        random_seed=settings.seed,
+        random_seed=seed,
         thread_count=settings.threads_count,
         allow_writing_files=False,
         verbose=False,
     )
-    try:
-        regressor.fit(features, target)
-    except CatBoostError as error:
-        raise ModelError(f"CatBoost can't fit {len(target)} rows: {error}") from error
-    return regressor
 
 
 def _held_out(
@@ -457,7 +489,7 @@ def _held_out(
     errors, keys, mapes = [], [], []
     key = TRANSFER_FEATURES.index("device_over_curve_log")
     for fold in range(settings.folds_count):
-        regressor = _regressor([rows for rows in table if fold_of[rows.model] != fold], settings)
+        regressor = _regressor([rows for rows in table if fold_of[rows.model] != fold], settings, 1)
         for rows in table:
             if fold_of[rows.model] == fold and rows.judged:
                 residual = np.asarray(regressor.predict(rows.features, thread_count=1), float)
