@@ -2,9 +2,9 @@
 
     python tools/gpu_lab.py [--device cuda|cpu] [--budget-s 520] [--out DIR] [--steps ...] [--models ...] [--fresh]
 
-Needs torch, numpy and grpcio alone (nvidia-ml-py is used where it is there). Each step has a time budget and runs in
-processes of its own; what a step found is written as soon as it ends. Run it again after an interruption: steps that
-are done are left out, the profile goes on where it ended.
+Needs torch, numpy, protobuf and grpcio alone (nvidia-ml-py and a C compiler are used where they are there). Each step
+has a time budget and runs in processes of its own; what a step found is written as soon as it ends. Run it again after
+an interruption: steps that are done are left out, the profile goes on where it ended.
 
     DIR/lab.json      the steps: state, seconds, what was said          (DIR: bench/results/<device model>)
     DIR/probe.json  DIR/conformance.json  DIR/quota.json  DIR/resize.json
@@ -127,6 +127,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     if device == "cpu":
         from hasgpu_device.backends import cpu
 
+        facts["gate"] = build_gate()
         info = cpu.probe("lab")
         return facts | {"model": info.model, "memory_bytes": info.memory_bytes, "capabilities": list(info.capabilities)}
     done = finish([__file__, "--gpu-facts"], dict(os.environ), 120)
@@ -137,7 +138,18 @@ def machine_facts(device: str) -> dict[str, Any]:
         print(f"gpu-lab: no NVIDIA GPU here ({reason[0]}{built}); nothing was measured", file=sys.stderr)
         raise SystemExit(EXIT_NO_GPU)
     found["versions"] = facts["versions"] | found["versions"]
-    return facts | found
+    return facts | found | {"gate": build_gate()}
+
+
+def build_gate() -> str:
+    """Builds the gate's core in C where that can be done; returns which one the steps run with, and why."""
+    from hasgpu_device import native
+
+    try:
+        native.build()
+    except native.BuildError as error:
+        return f"python ({error})"
+    return "native"
 
 
 def gpu_facts() -> dict[str, Any]:

@@ -36,6 +36,12 @@ def test_a_device_is_described(fake_cuda: Any) -> None:
     assert driver.total_memory_bytes(0) == 80 << 30
     with pytest.raises(DeviceFaultError, match=f"no CUDA device GPU-x: expected it among those visible.*{second}"):
         find_device(driver, "GPU-x")
+    with pytest.raises(DeviceFaultError, match="GPU-x"):
+        find_device(driver, "GPU-x", is_alone=True)
+    fake_cuda.set("devices", 1)
+    assert find_device(driver, "GPU-x", is_alone=True) == (0, 0)
+    with pytest.raises(DeviceFaultError, match="GPU-x"):
+        find_device(driver, "GPU-x")
 
 
 def test_mps_is_asked_of_the_driver(fake_cuda: Any) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
+import json
+import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +65,7 @@ def test_parameters_reach_load(make_config: MakeConfig) -> None:
     [
         ("raise ValueError('no luck')", r"ValueError: no luck \(handler.py, line 1"),
         ("import nothing_of_that_name", "ModuleNotFoundError"),
-        ("def infer(batch", "SyntaxError"),
+        ("def infer(batch", r"SyntaxError: '\(' was never closed \(handler.py, line 1\)$"),
         ("x = 1", "no function infer"),
         ("def load(a): pass\ndef infer(batch): pass", "TypeError"),
         ("import sys\nsys.exit(3)", "SystemExit"),
@@ -141,6 +145,48 @@ def test_an_export_with_a_fixed_batch_refuses_others(make_config: MakeConfig) ->
     model.infer(X, 2)
     with pytest.raises(ModelError, match="size"):
         model.infer({"x": np.ones((3, 4), "f4")}, 3)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return (Path.mkdir, (self.sprung,))
+
+
+def rewrite(path: Path, name: str, content: bytes) -> None:
+    """Puts a file into a program's archive, in place of the one that is there."""
+    with zipfile.ZipFile(path) as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    root = next(iter(files)).split("/")[0]
+    files[f"{root}/{name}"] = content
+    with zipfile.ZipFile(path, "w") as archive:
+        for filename, data in files.items():
+            archive.writestr(filename, data)
+
+
+@pytest.mark.parametrize("hidden_in", ["sample inputs", "a constant", "a library"])
+def test_an_export_brings_no_pickles_and_no_libraries(make_config: MakeConfig, tmp_path: Path, hidden_in: str) -> None:
+    config = make_config(format=ModelFormat.TORCH_EXPORT, entry="model.pt2")
+    save_export(config.entry_path, dynamic=True)
+    sprung = tmp_path / "sprung"
+    if hidden_in == "sample inputs":
+        saved = io.BytesIO()
+        torch.save((Trap(sprung),), saved)
+        rewrite(config.entry_path, "data/sample_inputs/model.pt", saved.getvalue())
+    elif hidden_in == "a constant":
+        rewrite(config.entry_path, "data/constants/opaque_obj_0", pickle.dumps(Trap(sprung)))
+        meta = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+        constants = json.dumps({"config": {"c": meta}}).encode()
+        rewrite(config.entry_path, "data/constants/model_constants_config.json", constants)
+    else:
+        rewrite(config.entry_path, "data/aotinductor/model/x.so", b"")
+    with pytest.raises(LoadError, match=r"Weights only load failed|would run code"):
+        models.load(config, no_boundary)
+    assert not sprung.exists()
 
 
 def test_bytes_are_for_python_handlers(make_config: MakeConfig) -> None:

@@ -90,7 +90,7 @@ def test_outputs_of_every_kind_conform() -> None:
         (np.ones((2, 2), "f4"), TensorSpec("y", "FP32", (-1, 2)), "batch of 3"),
         (np.ones((3,), "f4"), TensorSpec("y", "FP32", (-1, 2)), "shape"),
         (None, TensorSpec("y", "FP32", (-1, 2)), "y"),
-        ([["a", "b"]] * 3, TensorSpec("y", "FP32", (-1, 2)), "numbers"),
+        ([["a", "b"]] * 3, TensorSpec("y", "FP32", (-1, 2)), "expected numbers .FP32., got list .could not"),
         ([1, 2, 3], TensorSpec("y", "BYTES", (-1,)), "bytes or text"),
     ],
 )

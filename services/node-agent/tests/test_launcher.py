@@ -196,6 +196,21 @@ async def test_pages_of_another_version_are_made_anew(
     await again.wait()
 
 
+async def test_a_worker_that_cannot_be_started_leaves_nothing_open(
+    launcher: ProcessLauncher, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again for as long as that lasts, so each try must give back what it opened."""
+    monkeypatch.setattr(launcher_module, "worker_argv", lambda config: [str(config.parent / "no such program")])
+
+    def try_once() -> int:
+        with pytest.raises(OSError, match="no such program"):
+            launcher.launch(request(make), lambda: None)
+        return len(os.listdir("/proc/self/fd"))
+
+    first = try_once()
+    assert [try_once() for _ in range(3)] == [first] * 3
+
+
 async def test_a_long_log_is_set_aside_when_a_worker_starts(
     launcher: ProcessLauncher, folders: NodeFolders, make: Any
 ) -> None:

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hasgpu_node_agent.adapters.process import WORKER_MODULE, Process, exit_in_words, running_workers
+from hasgpu_node_agent.adapters.process import (
+    WORKER_MODULE,
+    Process,
+    exit_in_words,
+    running_workers,
+    wait_until_ended,
+)
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -34,6 +40,14 @@ async def test_a_signal_is_told_by_its_name(tmp_path: Path) -> None:
     process.send(signal.SIGKILL)
     assert await process.wait() == "was killed by SIGKILL"
     process.send(signal.SIGTERM)
+
+
+async def test_what_a_handler_started_ends_with_its_worker(tmp_path: Path) -> None:
+    code = f"import subprocess; print(subprocess.Popen({SLEEP!r}).pid, flush=True); input()"
+    process, _ = await _start(tmp_path, code)  # input() fails at once: there is no standard input
+    assert await process.wait() == "ended with exit code 1"
+    child = int((tmp_path / "log").read_text().split()[0])
+    assert wait_until_ended([child], 60.0)
 
 
 async def test_a_process_of_another_parent_is_watched(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """One batch as it went, for traces and metrics."""
+    """One batch as it went, for traces."""
 
     instance: str
     function: str
@@ -70,10 +70,10 @@ class BatchRecord:
 
 
 class Observer(Protocol):
-    """Who wants to know of every batch. Called in the executor thread, after the answer is on its way."""
+    """Who wants to know of batches that are traced. Called in the executor thread, after the answer is on its way."""
 
     def batch_done(self, record: BatchRecord) -> None:
-        """A batch was answered."""
+        """A batch was answered of which a request at least is traced."""
         ...
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class Engine:
         config: The worker's configuration.
         control: Its control block.
         on_change: Called, in any thread, when `state` has changed or, while draining, the last batch is done.
-        observer: Told of every batch, if given.
+        observer: Told of every batch that is traced, if given.
     """
 
     def __init__(
@@ -425,7 +425,7 @@ class Engine:
                     )
                 )
         self._finish(job, response)
-        if self._observer is not None:
+        if self._observer is not None and any(item.traceparent for item in request.items):
             self._observer.batch_done(
                 BatchRecord(
                     self._config.instance,

@@ -13,17 +13,22 @@ tensors: a handler written for the CPU works unchanged, and one that moves its i
 the order declared. A dict that comes out is taken by name, a tuple, list or single tensor by position. A program
 exported with a fixed batch refuses every other; export it with a dynamic first dimension to serve batches.
 
-Outputs that are not declared are dropped. Nothing here unpickles what came over the network.
+Outputs that are not declared are dropped. Nothing here unpickles what came over the network: of what a program brings
+beside its graph only tensors are read, and one with pickled objects or compiled libraries is refused. Its graph may
+still name any function of torch, so it is trusted like a handler.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,7 +165,9 @@ def describe(error: BaseException) -> str:
     """Says what was raised, and where in the user's own code."""
     text = f"{type(error).__name__}: {error}".strip().rstrip(":")
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OWN_FOLDER)
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_OWN_FOLDER, "<frozen "))  # the latter: Python's own import
     ]
     if frames:
         last = frames[-1]
@@ -240,10 +247,37 @@ def _load_torchscript(config: WorkerConfig, boundary: Callable[[], None], target
 def _load_export(config: WorkerConfig, boundary: Callable[[], None], target: Target | None) -> Model:
     import torch
 
-    program = torch.export.load(str(config.entry_path))
+    _refuse_code(config.entry_path)
+    with _tensors_only():
+        program = torch.export.load(str(config.entry_path))
     graph_module = program.module()
     run = target.run_export(graph_module) if target is not None else cutting.interruptible(graph_module, boundary)
     return Model(_positional(run, config), config.outputs, boundaries_count=-1, program=program)
+
+
+def _refuse_code(path: Path) -> None:
+    """Raises LoadError for an exported program whose archive has files that torch would run or unpickle."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            parts = name.split("/")
+            if "aotinductor" in parts or any(part.startswith(_PICKLED_CONSTANT) for part in parts):
+                raise LoadError(f"{path.name!r} holds {name!r}, which would run code when it is loaded")
+
+
+_PICKLED_CONSTANT = "opaque_obj"
+_TENSORS_ONLY, _ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Has `torch.load` refuse whatever is no tensor or plain value: `torch.export.load` asks it to take everything."""
+    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ONLY, _ANYTHING)}
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _positional(run: Callable[..., Any], config: WorkerConfig) -> Callable[[dict[str, Array]], object]:

@@ -135,7 +135,9 @@ def conform(value: object, spec: TensorSpec, rows: int) -> Array:
         try:
             array = np.asarray(value, dtype=DTYPE[spec.datatype])
         except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidError(f"{what}: contents", expected=f"numbers ({spec.datatype})", got=str(error)) from error
+            raise InvalidError(
+                f"{what}: contents", expected=f"numbers ({spec.datatype})", got=f"{type(value).__name__} ({error})"
+            ) from error
     expected = (rows, *spec.shape[1:])
     fits = len(array.shape) == len(expected) and all(
         want in (-1, got) for want, got in zip(expected, array.shape, strict=True)

@@ -34,7 +34,7 @@ def run_worker(config: WorkerConfig, observer: Observer | None = None) -> int:
 
     Args:
         config: What to serve, and where.
-        observer: Told of every batch; closed before this returns.
+        observer: Told of every batch that is traced; closed before this returns.
 
     Returns:
         The exit code: 0 after SIGTERM, SIGINT or when orphaned, 65 when the model could not be loaded, 70 when a batch

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from hasgpu.common.v1 import common_pb2
@@ -39,6 +39,8 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
 )
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +51,7 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         config: The worker's configuration.
         control: Its control block.
         pid: Of this process, for the status.
-        observer: Told of every batch, if given.
+        observer: Told of every batch that is traced, if given.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         self._slots = asyncio.Semaphore(MAX_WAITING_BATCHES)
         self._address = ""
         self._started_unix_ns = time.time_ns()
+        self._started_ns = time.monotonic_ns()
         self._is_stopping = False
         self._drain_asked = False
         self._written: tuple[InstanceState, str, str] | None = None
@@ -165,8 +168,7 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
         heartbeat = self._control.read_agent_heartbeat()
         # A heartbeat from before this boot lies in the future: as good as none.
         seen_ns = heartbeat.monotonic_ns if heartbeat is not None and heartbeat.monotonic_ns <= now_ns else 0
-        began_ns = now_ns - (time.time_ns() - self._started_unix_ns)
-        return now_ns - max(seen_ns, began_ns) > self._config.orphan_timeout_s * 1e9
+        return now_ns - max(seen_ns, self._started_ns) > self._config.orphan_timeout_s * 1e9
 
     def _state(self) -> InstanceState:
         if self.engine.state is InstanceState.READY and self.engine.is_draining:
@@ -271,12 +273,25 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
                 f"batch: expected 1..{self._config.max_batch}, got {request.batch}",
             )
         answer: asyncio.Future[pb.MeasureResponse | HasgpuError] = self._loop.create_future()
+        job = MeasureJob(request=request, answer=lambda result: self._soon(_settle, answer, result))
+        return await self._answer_of(job, answer, context)
 
-        def deliver(result: pb.MeasureResponse | HasgpuError) -> None:
-            if not answer.done():
-                answer.set_result(result)
+    async def ListOperators(
+        self, request: pb.ListOperatorsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListOperatorsResponse:
+        """Exports the model's graph, between batches; a model that can't be exported is answered with the reason."""
+        answer: asyncio.Future[pb.OperatorTable | HasgpuError] = self._loop.create_future()
+        job = OperatorsJob(answer=lambda result: self._soon(_settle, answer, result))
+        table: pb.OperatorTable = await self._answer_of(job, answer, context)
+        return pb.ListOperatorsResponse(table=table)
 
-        job = MeasureJob(request=request, answer=lambda result: self._soon(deliver, result))
+    async def _answer_of(
+        self,
+        job: MeasureJob | OperatorsJob,
+        answer: asyncio.Future[T | HasgpuError],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> T:
+        """Has a job done and returns its answer; ends the call with the status of its error."""
         self.engine.submit(job)
         try:
             result = await answer
@@ -288,23 +303,8 @@ class WorkerServer(node_agent_pb2_grpc.WorkerServiceServicer):
             raise AssertionError("abort raises")
         return result
 
-    async def ListOperators(
-        self, request: pb.ListOperatorsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.ListOperatorsResponse:
-        """Exports the model's graph, between batches; a model that can't be exported is answered with the reason."""
-        answer: asyncio.Future[pb.OperatorTable | HasgpuError] = self._loop.create_future()
 
-        def deliver(result: pb.OperatorTable | HasgpuError) -> None:
-            if not answer.done():
-                answer.set_result(result)
-
-        job = OperatorsJob(answer=lambda result: self._soon(deliver, result))
-        self.engine.submit(job)
-        try:
-            result = await answer
-        finally:
-            job.cancelled = True
-        if isinstance(result, HasgpuError):
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(result))
-            raise AssertionError("abort raises")
-        return pb.ListOperatorsResponse(table=result)
+def _settle(answer: asyncio.Future[T], result: T) -> None:
+    """Gives an answer to whoever awaits it, if anybody still does."""
+    if not answer.done():
+        answer.set_result(result)

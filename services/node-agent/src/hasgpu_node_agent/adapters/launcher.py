@@ -70,19 +70,23 @@ class ProcessLauncher:
         folder.remove()
         folder.path.mkdir(parents=True)
         gate = folder.gate if request.profiling else self._folders.gate(request.device.gpu, request.row)
-        try:
-            environment = self._environment(request)
-            if has_places(request.device):
-                ledger.create(self._folders.ledger(request.device.gpu))
-            row_gate = RowGate.create(gate)
-            control = ControlBlock.create(folder.control, _shares(request.allocation, request.lease))
-        except HasgpuError as error:
-            raise OSError(str(error)) from error
-        self._config(request, folder, gate).save(folder.config)
-        record = _record(request)
-        folder.write_record(record)
-        with folder.open_log() as output:
-            process = Process.start(worker_argv(folder.config), output, on_exit, environment)
+        with contextlib.ExitStack() as opened:
+            try:
+                environment = self._environment(request)
+                if has_places(request.device):
+                    ledger.create(self._folders.ledger(request.device.gpu))
+                row_gate = opened.enter_context(RowGate.create(gate))
+                shares = _shares(request.allocation, request.lease)
+                control = opened.enter_context(ControlBlock.create(folder.control, shares))
+            except HasgpuError as error:
+                raise OSError(str(error)) from error
+            self._config(request, folder, gate).save(folder.config)
+            record = _record(request)
+            folder.write_record(record)
+            with folder.open_log() as output:
+                process = Process.start(worker_argv(folder.config), output, on_exit, environment)
+            # The worker has them now; until here a failure closes them, as a full disk may make many tries fail.
+            opened.pop_all()
         return RealWorker(process, control, row_gate, folder, record)
 
     def adopt(self, on_exit: Callable[[], None]) -> Sequence[Adopted]:
@@ -100,8 +104,9 @@ class ProcessLauncher:
             try:
                 if record is None or folder.path.is_relative_to(self._folders.profiles):
                     raise FileNotFoundError(f"{folder.record} can't be used")
+                control = ControlBlock.open(folder.control)
                 gate = RowGate.open(self._folders.gate(record.gpu, record.row))
-                worker = RealWorker(process, ControlBlock.open(folder.control), gate, folder, record)
+                worker = RealWorker(process, control, gate, folder, record)
             except (HasgpuError, OSError) as error:
                 log.warning("worker %d is ended: %s", pid, error)
                 process.send(signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -20,7 +21,10 @@ POLL_S = 0.05
 
 
 class Process:
-    """One process, a child of this one or not. Lives in one event loop."""
+    """One process, a child of this one or not. Lives in one event loop.
+
+    What it started itself (a handler may start programs) ends with it.
+    """
 
     def __init__(self, pid: int, child: subprocess.Popen[bytes] | None, on_exit: Callable[[], None]) -> None:
         self.pid = pid
@@ -122,10 +126,20 @@ class Process:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
+        self._kill_group()
         self.exit_code = code = self._child.wait() if self._child is not None else None
         if not self._ended.done():
             self._ended.set_result(exit_in_words(code))
             self._on_exit()
+
+    def _kill_group(self) -> None:
+        """Kills what the process left behind in its own group.
+
+        A child that nobody waited for yet still holds its pid, and a group that has members holds its number, so no
+        stranger is hit.
+        """
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def exit_in_words(code: int | None) -> str:

@@ -123,7 +123,8 @@ class CudaBackend:
     def _open(self) -> None:
         torch = torch_device.require_torch()
         self._driver = driver = CudaDriver(self._library)
-        self._ordinal, device = find_device(driver, self._config.gpu_uuid)
+        is_alone = self._config.mode != sharing.TIMESHARE
+        self._ordinal, device = find_device(driver, self._config.gpu_uuid, is_alone=is_alone)
         self._device = device
         driver.use_primary_context(device)
         # After the context: only a process that has one has met the MPS server.

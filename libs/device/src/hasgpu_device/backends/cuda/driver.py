@@ -354,12 +354,14 @@ class CudaDriver:
         return True
 
 
-def find_device(driver: CudaDriver, gpu_uuid: str) -> tuple[int, int]:
+def find_device(driver: CudaDriver, gpu_uuid: str, *, is_alone: bool = False) -> tuple[int, int]:
     """Finds a device among those that this process sees.
 
     Args:
         driver: The driver.
         gpu_uuid: "GPU-..."; empty: the first.
+        is_alone: The process is a client of an MPS daemon that has this GPU and no other: one that is seen alone is it,
+            under whatever UUID (that a client is told the GPU's own is not documented).
 
     Returns:
         Ordinal and handle.
@@ -372,7 +374,8 @@ def find_device(driver: CudaDriver, gpu_uuid: str) -> tuple[int, int]:
         raise DeviceFaultError(100, faults.name_of(100), "no CUDA device: the driver sees none")
     if not gpu_uuid:
         return 0, driver.device(0)
-    if gpu_uuid not in uuids:
+    if gpu_uuid not in uuids and not (is_alone and len(uuids) == 1):
         text = f"no CUDA device {gpu_uuid}: expected it among those visible, there is {', '.join(uuids)}"
         raise DeviceFaultError(101, faults.name_of(101), text)
-    return uuids.index(gpu_uuid), driver.device(uuids.index(gpu_uuid))
+    ordinal = uuids.index(gpu_uuid) if gpu_uuid in uuids else 0
+    return ordinal, driver.device(ordinal)
