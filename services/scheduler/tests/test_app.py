@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from hasgpu_core.clock import ManualClock
-from hasgpu_core.events import PlanEvent, horizontal_subject, node_subject, plan_subject
+from hasgpu_core.events import PlanEvent, horizontal_subject, instance_subject, node_subject, plan_subject
 from hasgpu_core.ports import CaughtUp, Fence
 from hasgpu_runtime import wire
 from hasgpu_runtime.bus.memory import MemoryBus
@@ -16,7 +16,7 @@ from hasgpu_runtime.store.memory import MemoryStore
 from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_scheduler.adapters.plan_store import PLAN_PREFIX, WANTED_PREFIX, PlanStore
 from hasgpu_scheduler.app import SchedulerApp
-from hasgpu_scheduler.core import SchedulerCore
+from hasgpu_scheduler.core import GHOST_S, SchedulerCore
 
 
 class World:
@@ -266,3 +266,41 @@ async def test_the_plan_of_a_node_that_left_is_purged(world, make):
         await world.settle()
         await app.run_pass()
         assert plan_subject("a") not in world.bus._state
+
+
+async def test_what_a_lost_node_said_of_an_instance_that_is_no_more_wanted_is_taken_back(world, make):
+    """Its agent will not: nobody would ever learn that the instance is gone."""
+    share = make.allocation(300)
+
+    async def pass_time(duration_s: float) -> None:
+        for _ in range(round(duration_s)):
+            world.clock.advance(1.0)
+            await world.beat(make.node("b", beat=round(world.clock.now_s())))
+            await app.run_pass()
+
+    async with world.scheduler() as app:
+        await world.beat(make.node("a"))
+        await world.command(make.wanted("f", 1, (0, share), (1, share)))
+        for name in ("f-0", "f-1"):
+            await world.bus.put(instance_subject("f", name), wire.encode(make.status(name, "a", share, 1)))
+        await world.beat(make.node("b", gpus=()))
+        await pass_time(10)
+        assert not app.core.nodes["a"].alive
+        await world.command(make.wanted("f", 2, (0, share)))
+        await pass_time(GHOST_S / 2)
+        assert instance_subject("f", "f-1") in world.bus._state, "its workers may still serve"
+        await world.command(make.wanted("f", 3))
+        await pass_time(GHOST_S / 2 + 5)
+        assert not [subject for subject in world.bus._state if subject.startswith("instance.")]
+
+
+async def test_what_a_live_node_says_of_an_instance_is_left_to_it(world, make):
+    async with world.scheduler() as app:
+        await world.beat(make.node("a"))
+        status = make.status("f-0", "a", make.allocation(300), 1)
+        await world.bus.put(instance_subject("f", "f-0"), wire.encode(status))
+        for beat in range(round(2 * GHOST_S)):
+            world.clock.advance(1.0)
+            await world.beat(make.node("a", beat=beat + 2))
+            await app.run_pass()
+        assert instance_subject("f", "f-0") in world.bus._state

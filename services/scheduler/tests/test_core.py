@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hasgpu_core.policy.placement import NoRoom, Placement
 from hasgpu_core.resources import DeviceHealth, InstanceState
+from hasgpu_scheduler.binding import bind
 from hasgpu_scheduler.core import TOMBSTONE_S, SchedulerCore
 
 
@@ -63,6 +64,25 @@ def test_a_pass_without_news_changes_nothing(core, make):
     core.accept(make.wanted("f", 1, (0, make.allocation(600))), 0.0)
     assert run(core).plans
     assert not run(core).plans
+
+
+def test_while_nothing_comes_in_that_a_pass_looks_at_nothing_is_bound_anew(core, make, monkeypatch):
+    passes = []
+    monkeypatch.setattr("hasgpu_scheduler.core.bind", lambda *args: passes.append(args) or bind(*args))
+    core.on_node(make.node("a"), 0.0)
+    core.accept(make.wanted("f", 1, (0, make.allocation(600)), (1, make.allocation(700))), 0.0)
+    unplaced = run(core).unplaced
+    run(core, 1.0)
+    before = len(passes)
+    beat(core, make, 4.0, "a", start_s=2.0)
+    assert run(core, 4.0).unplaced == unplaced
+    assert len(passes) == before
+    core.accept(make.wanted("f", 2, (0, make.allocation(300)), (1, make.allocation(700))), 4.5)
+    assert not run(core, 4.5).unplaced
+    assert run(core, 11.0).lost == ()  # the bus was silent too
+    core.heard(11.5)
+    core.on_node_gone("a")
+    assert run(core, 12.0).unplaced
 
 
 def test_a_live_node_without_work_gets_an_empty_plan(core, make):

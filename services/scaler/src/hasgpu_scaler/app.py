@@ -14,6 +14,7 @@ from hasgpu_core.ports import Bus, CaughtUp, Clock, Fence
 from hasgpu_runtime import wire
 from hasgpu_runtime.leader import NOT_LEADING
 from hasgpu_runtime.logs import about
+from hasgpu_runtime.replica import Replica
 from hasgpu_runtime.telemetry import Telemetry
 
 from hasgpu_scaler.adapters.desired_store import DesiredStore
@@ -31,12 +32,8 @@ SHORTEST_LOOK_S = 0.05
 _log = logging.getLogger(__name__)
 
 
-class ScalerApp:
-    """One scaler process. Only the leader decides; the others keep themselves informed.
-
-    `fence` tells the leadership now held, None while another process leads; `fenced` is called when a write was refused
-    because that was no longer so; `poke` asks for a pass soon.
-    """
+class ScalerApp(Replica):
+    """One scaler process; `poke` asks for a pass soon, the other arguments of a replica are `Replica`'s."""
 
     def __init__(
         self,
@@ -52,6 +49,7 @@ class ScalerApp:
         make_policy: Callable[[str], ScalingPolicy] = make_live_policy,
         recordings: RecordingFiles | None = None,
     ) -> None:
+        super().__init__(fence=fence, fenced=fenced, acts="decisions", log=_log)
         self.core = core
         self.log = DecisionLog()
         self._announcer = Announcer()
@@ -60,31 +58,11 @@ class ScalerApp:
         self._bus = bus
         self._desired = desired
         self._clock = clock
-        self._fence = fence
-        self._fenced = fenced
         self._poke = poke
         self._make_policy = make_policy
         self._configured = core.policy
         self.recordings = recordings
-        self._caught_up = asyncio.Event()
-        self._loaded_token: int | None = None
-        self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._waiting_for = ""
-
-    @property
-    def leading(self) -> bool:
-        """Whether this process decides now."""
-        return self._fence() is not None
-
-    @property
-    def waiting_for(self) -> str:
-        """Why nothing is decided now, in words; empty: nothing stands in the way."""
-        return self._waiting_for
-
-    async def wait_caught_up(self) -> None:
-        """Returns once all last values have been read."""
-        await self._caught_up.wait()
 
     # What comes in.
 
@@ -115,16 +93,8 @@ class ScalerApp:
         async with self._lock:
             try:
                 return await self._pass()
-            except UnavailableError as error:
-                self._wait_for(str(error))
-            except ConflictError as error:
-                # A write whose answer was lost, or another leader's: what is stored is right.
-                _log.warning("the desired state is read again: %s", error)
-                self._loaded_token = None
-            except FencedError as error:
-                _log.warning("no longer the leader: %s", error)
-                self._loaded_token = None
-                self._fenced()
+            except (UnavailableError, ConflictError, FencedError) as error:
+                self._on_failure(error)
         return None
 
     async def _pass(self) -> float | None:
@@ -341,11 +311,3 @@ class ScalerApp:
                 decision.reason,
                 extra=about(function=decision.function),
             )
-
-    def _wait_for(self, what: str) -> None:
-        """Says once that decisions wait, and once that they go on."""
-        if what and not self._waiting_for:
-            _log.warning("decisions wait: %s", what)
-        elif not what and self._waiting_for:
-            _log.info("decisions go on")
-        self._waiting_for = what

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 from hasgpu_core.errors import ConflictError, FencedError, InvalidError, UnavailableError
-from hasgpu_core.events import PlanEvent, plan_subject
+from hasgpu_core.events import PlanEvent, instance_subject, plan_subject
 from hasgpu_core.ports import Bus, CaughtUp, Clock, Command, Fence, StateChange
 from hasgpu_runtime import trace_catalogue as names
 from hasgpu_runtime import wire
 from hasgpu_runtime.bus.traced import messaging
 from hasgpu_runtime.leader import NOT_LEADING
 from hasgpu_runtime.logs import about
+from hasgpu_runtime.replica import Replica
 from hasgpu_runtime.tasks import end_task
 from hasgpu_runtime.telemetry import Attribute, Span, Telemetry
 
@@ -31,12 +32,8 @@ COMMAND_RETRY_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class SchedulerApp:
-    """One scheduler process. Only the leader decides; the others keep themselves informed.
-
-    `fence` tells the leadership now held, None while another process leads; `fenced` is called when a write was refused
-    because that was no longer so; `poke` asks for a pass soon.
-    """
+class SchedulerApp(Replica):
+    """One scheduler process; `poke` asks for a pass soon, the other arguments of a replica are `Replica`'s."""
 
     def __init__(
         self,
@@ -50,38 +47,19 @@ class SchedulerApp:
         fenced: Callable[[], None],
         poke: Callable[[], None],
     ) -> None:
+        super().__init__(fence=fence, fenced=fenced, acts="plans", log=_log)
         self.core = core
         self.clock = clock
         self._bus = bus
         self._plans = plans
         self._telemetry = telemetry
-        self._fence = fence
-        self._fenced = fenced
         self._poke = poke
-        self._caught_up = asyncio.Event()
-        self._loaded_token: int | None = None
-        self._lock = asyncio.Lock()
         self._headers: dict[str, Mapping[str, str]] = {}
         self._causes: dict[str, tuple[str, str]] = {}
         """By function: subject and traceparent of a command, or of a change of share, that no pass has followed yet."""
         self._leads = asyncio.Event()
         self._not_leads = asyncio.Event()
-        self._waiting_for = ""
         self.leadership_changed()
-
-    @property
-    def leading(self) -> bool:
-        """Whether this process decides now."""
-        return self._fence() is not None
-
-    @property
-    def waiting_for(self) -> str:
-        """Why nothing is decided now, in words; empty: nothing stands in the way."""
-        return self._waiting_for
-
-    async def wait_caught_up(self) -> None:
-        """Returns once all last values have been read."""
-        await self._caught_up.wait()
 
     # What comes in.
 
@@ -225,6 +203,7 @@ class SchedulerApp:
         for function in self.core.to_forget(now_s):
             await self._plans.delete_wanted(function, fence)
             self.core.forget(function)
+        await self._lay_ghosts(now_s)
         for plan in self.core.suspects(now_s):
             await self._put(plan)
         self._wait_for("")
@@ -262,6 +241,18 @@ class SchedulerApp:
             await self._bus.delete(plan_subject(node))
             self.core.on_announced(node, None)
 
+    async def _lay_ghosts(self, now_s: float) -> None:
+        """Takes back what was said of instances by nodes that do not come back: the one subject of another's."""
+        for event in self.core.ghosts(now_s):
+            await self._bus.delete(instance_subject(event.function, event.instance))
+            self.core.on_instance_gone(event.instance)
+            _log.info(
+                "%s is gone with node %s",
+                event.instance,
+                event.node,
+                extra=about(function=event.function, instance=event.instance, node=event.node),
+            )
+
     async def _put(self, plan: PlanEvent) -> None:
         await self._bus.put(plan_subject(plan.node), wire.encode(plan), self._headers.get(plan.node))
 
@@ -283,24 +274,3 @@ class SchedulerApp:
             self._loaded_token = fence.token
             _log.info("leads with token %d; %d plans, %d functions", fence.token, len(plans), len(wanted))
         return fence
-
-    def _on_failure(self, error: UnavailableError | ConflictError | FencedError) -> None:
-        match error:
-            case UnavailableError():
-                self._wait_for(str(error))
-            case ConflictError():
-                # A write whose answer was lost, or another leader's: what is stored is right.
-                _log.warning("the plans are read again: %s", error)
-                self._loaded_token = None
-            case FencedError():
-                _log.warning("no longer the leader: %s", error)
-                self._loaded_token = None
-                self._fenced()
-
-    def _wait_for(self, what: str) -> None:
-        """Says once that plans wait, and once that they go on."""
-        if what and not self._waiting_for:
-            _log.warning("plans wait: %s", what)
-        elif not what and self._waiting_for:
-            _log.info("plans go on")
-        self._waiting_for = what

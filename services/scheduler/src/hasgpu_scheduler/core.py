@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ TOMBSTONE_S = 600.0
 """How long a deleted function's last revision is remembered, so that a late command of it is known to be stale."""
 REMEMBERED = 1_000
 """Happenings that are kept to be shown."""
+GHOST_S = 90.0
+"""After so long a lost node is not awaited any more by what it last said of instances that no plan has: longer than its
+workers serve on without their agent."""
 _HAS_WEIGHTS = (InstanceState.LOADING, InstanceState.READY, InstanceState.DRAINING)
 
 
@@ -74,6 +78,9 @@ class SchedulerCore:
         self._degraded_s: dict[tuple[str, str], float] = {}
         self._warm: dict[str, set[str]] = {}
         self._told_unplaced: dict[str, str] = {}
+        self._loaded_s = 0.0
+        self._calm_until_s = -math.inf
+        """Until when a pass would change nothing and say nothing, as long as nothing comes in."""
         self.happenings: deque[tuple[int, Happening]] = deque(maxlen=REMEMBERED)
         """What was told lately, with the time in nanoseconds since 1970; the shell fills it in."""
 
@@ -84,6 +91,8 @@ class SchedulerCore:
         self._plans = {plan.node: plan for plan in plans}
         self._wanted = {event.function: event for event in wanted}
         self._emptied_s = {event.function: now_s for event in self._wanted.values() if not event.instances}
+        self._loaded_s = now_s
+        self._calm_until_s = -math.inf
         self._nodes = {
             name: replace(record, received_s=now_s)
             for name, record in self._nodes.items()
@@ -118,6 +127,8 @@ class SchedulerCore:
             or old.event is None
             or (old.event.devices, old.event.draining) != (event.devices, event.draining)
         )
+        if changed:
+            self._calm_until_s = -math.inf
         if old is not None and not old.alive:
             self._changed_nodes.add(event.node)
         return changed
@@ -127,17 +138,21 @@ class SchedulerCore:
         record = self._nodes.get(node)
         if record is not None:
             self._nodes[node] = NodeRecord(None, record.received_s, alive=False)
+            self._calm_until_s = -math.inf
 
     def on_instance(self, event: InstanceEvent) -> bool:
         """Takes an instance's status in; returns whether its share or state differs from what was known."""
         old = self._reported.get(event.instance)
         self._reported[event.instance] = event
+        if old is None or _binds(old) != _binds(event):
+            self._calm_until_s = -math.inf
         if event.state in _HAS_WEIGHTS and event.node:
             self._warm.setdefault(event.function, set()).add(event.node)
         return old is None or (old.allocation_revision, old.state) != (event.allocation_revision, event.state)
 
     def on_instance_gone(self, instance: str) -> bool:
         """The agent has stopped the instance; returns whether it was known."""
+        self._calm_until_s = -math.inf
         return self._reported.pop(instance, None) is not None
 
     def on_announced(self, node: str, plan: PlanEvent | None) -> None:
@@ -155,6 +170,7 @@ class SchedulerCore:
     def accept(self, command: HorizontalScaleEvent, now_s: float) -> None:
         """Makes a command the function's wanted state (once it is stored); the same revision may come again."""
         self._wanted[command.function] = command
+        self._calm_until_s = -math.inf
         if command.instances:
             self._emptied_s.pop(command.function, None)
         else:
@@ -165,9 +181,12 @@ class SchedulerCore:
     def decide(self, now_s: float, *, fencing_token: int) -> PassResult:
         """Runs a pass: who is lost, then what runs where.
 
-        The changed plans take effect here when `commit` is called with each, once it is stored.
+        The changed plans take effect here when `commit` is called with each, once it is stored. While nothing has come
+        in that a pass looks at, and no time has passed that it waits for, it is not made again.
         """
         lost = self._lapse(now_s)
+        if not lost and now_s < self._calm_until_s:
+            return PassResult((), self._unplaced, (), ())
         views = self.views(now_s)
         warm = self._warm_nodes()
         binding = bind(views, self._wanted, self.planned(), self._reported, warm)
@@ -191,11 +210,14 @@ class SchedulerCore:
         ]
         changed.sort(key=lambda plan: (not self._gives_up(plan), plan.node))
         self._changed_nodes.clear()
+        if not changed and not happenings:
+            self._calm_until_s = min(self._migrator.calm_until_s, self._shunned_from_s(now_s))
         return PassResult(tuple(changed), binding.unplaced, lost, returned, happenings)
 
     def commit(self, plan: PlanEvent) -> None:
         """Notes that a plan is stored: it is the truth from now on."""
         self._plans[plan.node] = plan
+        self._calm_until_s = -math.inf
 
     def unannounced(self) -> tuple[PlanEvent, ...]:
         """Returns the stored plans that the bus does not hold yet, except of nodes that are gone for good."""
@@ -216,8 +238,27 @@ class SchedulerCore:
     def forget(self, function: str) -> None:
         """Drops a deleted function."""
         self._wanted.pop(function, None)
+        self._calm_until_s = -math.inf
         self._warm.pop(function, None)
         self._emptied_s.pop(function, None)
+
+    def ghosts(self, now_s: float) -> tuple[InstanceEvent, ...]:
+        """Returns what nodes that have been lost for long said last of instances that no plan has.
+
+        An agent takes back what it said when the instance has gone; of these nobody else would.
+        """
+        planned = {p.instance for plan in self._plans.values() for p in plan.instances}
+        return tuple(
+            event
+            for name, event in sorted(self._reported.items())
+            if name not in planned and event.node and self._lost_for_s(event.node, now_s) >= GHOST_S
+        )
+
+    def _lost_for_s(self, node: str, now_s: float) -> float:
+        record = self._nodes.get(node)
+        if record is None:  # it left before this leadership began
+            return now_s - self._loaded_s
+        return 0.0 if record.alive else now_s - max(record.received_s, self._loaded_s)
 
     def suspects(self, now_s: float) -> tuple[PlanEvent, ...]:
         """Returns the plans to announce again to hear whether the bus delivers: nothing was heard for a while."""
@@ -293,6 +334,11 @@ class SchedulerCore:
         for key in degraded:
             self._degraded_s.setdefault(key, now_s)
 
+    def _shunned_from_s(self, now_s: float) -> float:
+        """When the next device will have been degraded for so long that it is shunned."""
+        after_s = self._moving.degraded_after_s
+        return min((s + after_s for s in self._degraded_s.values() if now_s - s < after_s), default=math.inf)
+
     def _told(
         self, binding: Binding, of_moves: Mapping[str, str], lost: tuple[str, ...], returned: tuple[str, ...]
     ) -> list[Happening]:
@@ -353,3 +399,8 @@ class SchedulerCore:
         if changed:
             parts.append(f"shares: {', '.join(changed)}")
         return "; ".join(parts) or "runs nothing yet"
+
+
+def _binds(event: InstanceEvent) -> tuple[object, ...]:
+    """What of an instance's status a pass looks at."""
+    return event.node, event.gpu, event.row, event.state, event.allocation, event.allocation_revision

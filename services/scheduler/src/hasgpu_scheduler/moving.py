@@ -14,6 +14,7 @@ found again from the state of things.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -172,6 +173,18 @@ class Migrator:
     def under_way(self) -> tuple[UnderWay, ...]:
         """As of the last step."""
         return self._under_way
+
+    @property
+    def calm_until_s(self) -> float:
+        """Until when a step would do again what the last one did, as long as nothing else changes.
+
+        While something moves or is about to, not at all. Else until the next look for better places, or until an
+        instance whose move was given up may be moved again.
+        """
+        if self._begun or self._queue:
+            return -math.inf
+        looks_s = math.inf if self._looked_s is None else self._looked_s + self._settings.period_s
+        return min(looks_s, *self._retry_at_s.values(), math.inf) if self._settings.at_once > 0 else math.inf
 
     def reset(self) -> None:
         """Forgets what it meant to do; moves that have begun are in the plans."""

@@ -167,7 +167,10 @@ def placement(key: Key, new_index: int, ties: Ties) -> Placement:
 def unused_index(taken: Iterable[int]) -> int:
     """Returns the lowest row index that is not taken."""
     indices = set(taken)
-    return next(i for i in range(len(indices) + 1) if i not in indices)
+    index = 0
+    while index in indices:
+        index += 1
+    return index
 
 
 def no_room_reason(allocation: Allocation, devices: Sequence[DeviceState]) -> str:

@@ -183,6 +183,13 @@ class Room:
         """Sets a row (used by nothing: takes it away) and changes the free memory."""
         free_memory_bytes = device.free_memory_bytes + memory_bytes
         same = _size(free_memory_bytes) == _size(device.free_memory_bytes)
+        before = device.rows.get(row.index)
+        if same and before is not None and row.used_permille > 0:
+            # Only what the row has free is other than before: the device and its other rows stay where they are.
+            self._relist(device, before, row)
+            device.rows[row.index] = row
+            device.free_memory_bytes = free_memory_bytes
+            return
         listed = (row.index,) if same else tuple(device.rows)
         self._take_off(device, listed)
         if row.index not in device.rows:
@@ -194,6 +201,15 @@ class Room:
             device.free_sm_pct += row.sm_pct
         device.free_memory_bytes = free_memory_bytes
         self._put_on(device, (row.index,) if same else tuple(device.rows))
+
+    def _relist(self, device: _Device, before: Row, after: Row) -> None:
+        """Puts a row where it belongs with what it has free now."""
+        info, size = device.state.info, _size(device.free_memory_bytes)
+        if info.health is DeviceHealth.LOST:
+            return
+        entries = device.shelf.rows[before.sm_pct][size]
+        _drop(entries, (before.free_permille, info.node, info.gpu, before.index))
+        insort(entries, (after.free_permille, info.node, info.gpu, after.index))
 
     def _take_off(self, device: _Device, indices: Iterable[int]) -> None:
         """Takes a device and rows of it from the lists, before they change."""
