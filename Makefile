@@ -14,7 +14,7 @@ SOURCES := $(foreach p,$(PACKAGES),$(wildcard $(p)/src))
 TESTS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check format lint types imports proto proto-check docs docs-check test test-fast demo bench gpu-lab images compose-up compose-down compose-test clean
+.PHONY: help setup check format lint types imports proto proto-check docs docs-check test test-fast demo bench gpu-lab images compose-up compose-down compose-backup compose-restore compose-test clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,14 +53,12 @@ proto: $(READY) ## generate proto/gen again
 
 docs: $(READY) ## write the pages and dashboards that come from the code
 	$(BIN)/python tools/settings_reference.py
-	$(BIN)/python tools/metric_reference.py
-	$(BIN)/python tools/span_reference.py
+	$(BIN)/python tools/observability_reference.py
 	$(BIN)/python -m tools.dashboards
 
 docs-check: $(READY)
 	$(BIN)/python tools/settings_reference.py --check
-	$(BIN)/python tools/metric_reference.py --check
-	$(BIN)/python tools/span_reference.py --check
+	$(BIN)/python tools/observability_reference.py --check
 	$(BIN)/python -m tools.dashboards --check
 
 proto-check: $(READY)
@@ -109,6 +107,12 @@ compose-up: ## the system in containers, detached; the same as `docker compose u
 
 compose-down: ## end it; functions and profiles stay in their volumes
 	cd deploy/compose && $(COMPOSE) down
+
+compose-backup: ## the state of the system in containers as one file: FILE=state.tar.gz; it runs on meanwhile
+	@COMPOSE="$(COMPOSE)" deploy/compose/backup.sh "$(or $(FILE),$(error name the file: make compose-backup FILE=state.tar.gz))"
+
+compose-restore: ## that file into an installation without state: FILE=state.tar.gz
+	@COMPOSE="$(COMPOSE)" deploy/compose/restore.sh "$(or $(FILE),$(error name the file: make compose-restore FILE=state.tar.gz))"
 
 compose-test: $(READY) images ## that system through its whole life on a real engine; writes bench/results/compose.json
 	HASGPU_COMPOSE_TEST=1 HASGPU_COMPOSE_RESULTS=bench/results/compose.json $(BIN)/pytest -s tests/compose

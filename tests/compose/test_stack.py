@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import platform
 import secrets
 import time
@@ -119,6 +120,7 @@ def test_images_are_small_and_run_without_privileges(stack: ComposeStack, figure
         assert container["Config"]["Labels"]["org.opencontainers.image.title"] == f"hasgpu-{service}"
         assert container["HostConfig"]["RestartPolicy"]["Name"] == "unless-stopped"
         assert container["HostConfig"]["Memory"] > 0
+        assert container["HostConfig"]["PidsLimit"] > 0
 
 
 def test_only_the_front_door_and_jaeger_are_published(stack: ComposeStack) -> None:
@@ -217,15 +219,15 @@ def test_a_short_load_is_served(stack: ComposeStack, figures: dict[str, Any]) ->
 
 
 def test_node_agents_are_scaled(stack: ComposeStack) -> None:
-    stack.up("--no-recreate", "--scale", "node-agent=2")
+    stack.up("--no-recreate", "--scale", "node-agent=3")
 
-    def two() -> bool:
-        return len(nodes(stack)) == 2
+    def three() -> bool:
+        return len(nodes(stack)) == 3
 
-    eventually(two, within_s=WITHIN_S, every_s=2.0)
+    eventually(three, within_s=WITHIN_S, every_s=2.0)
     found = nodes(stack)
-    assert set(found) == {"node1", "node2"}
-    assert len(set(found.values())) == 2
+    assert set(found) == {"node1", "node2", "node3"}
+    assert len(set(found.values())) == 3
     stack.up("--no-recreate", "--scale", "node-agent=1")
     answers_again(stack)
 
@@ -271,6 +273,61 @@ def test_down_and_up_finds_everything_again(stack: ComposeStack, figures: dict[s
 def test_a_whole_restart_finds_everything_again(stack: ComposeStack) -> None:
     stack.run("restart")
     answers_again(stack, "minilm", "tricky")
+
+
+def test_passwords_are_changed_without_losing_anything(stack: ComposeStack) -> None:
+    before = revisions(stack)
+    old = secret(stack, "nats-password"), secret(stack, "redis-password"), secret(stack, "grafana-password")
+    done = stack.run("run", "--rm", "-T", "--no-deps", "init", "--new-passwords")
+    assert "have new passwords" in done.stdout + done.stderr
+    new = secret(stack, "nats-password"), secret(stack, "redis-password"), secret(stack, "grafana-password")
+    assert [a == b for a, b in zip(old, new, strict=True)] == [False, False, True]
+    stack.run("restart")
+    answers_again(stack, "minilm", "tricky")
+    assert revisions(stack) == before
+    eventually(stack.all_healthy, within_s=WITHIN_S, every_s=1.0)
+    stack.tool("scale", "tricky", "--quota", "40", "--hold", "1")  # both brokers are written to
+
+
+def secret(stack: ComposeStack, name: str) -> str:
+    file = f"/var/lib/hasgpu/secrets/{name}"
+    return stack.run("run", "--rm", "-T", "--no-deps", "--entrypoint", "cat", "init", file).stdout
+
+
+def revisions(stack: ComposeStack) -> dict[str, tuple[Any, Any]]:
+    return {name: (f["spec"], f["revision"]) for name, f in stack.functions().items()}
+
+
+def test_a_backup_under_load_is_restored_into_new_volumes(
+    stack: ComposeStack, figures: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    before, file = revisions(stack), tmp_path / "state.tar.gz"
+    with SteadyLoad(stack.system, "minilm", period_s=0.5) as load:
+        done = stack.script("backup.sh", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load.ok_count > 0
+    assert load.errors == []
+    assert file.stat().st_mode & 0o077 == 0
+    figures["backup"] = {"bytes": file.stat().st_size, "said": done.stdout.rpartition("; ")[2].strip()}
+    refused = stack.script("restore.sh", str(file))
+    assert refused.returncode == 1
+    assert "expected nothing in it" in refused.stderr
+    answers_again(stack)
+
+    stack.down(volumes=True)
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(file.read_bytes()[:-100])
+    refused = stack.script("restore.sh", str(cut))
+    assert refused.returncode == 1
+    assert "cut short" in refused.stderr
+    done = stack.script("restore.sh", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    began_s = time.monotonic()
+    stack.up()
+    answers_again(stack, "minilm", "tricky")
+    figures["restored_to_answer_s"] = round(time.monotonic() - began_s, 1)
+    assert revisions(stack) == before
+    eventually(stack.all_healthy, within_s=WITHIN_S, every_s=1.0)
 
 
 def test_a_taken_port_and_a_missing_gpu_are_told(stack: ComposeStack) -> None:

@@ -102,6 +102,18 @@ class ComposeStack:
             raise AssertionError(f"compose {' '.join(args)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
+    def script(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
+        """Runs one of the scripts beside the Compose files."""
+        env = {**self.env, "COMPOSE": " ".join(self._command)}
+        return subprocess.run(
+            [str(FOLDER / name), *args],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_UP_S,
+            check=False,
+        )
+
     def up(self, *args: str) -> None:
         self.run("up", "--detach", *args)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -51,33 +55,29 @@ def password_file(folder: Path, password: str) -> str:
     return str(file)
 
 
-@pytest.fixture(scope="module")
-def guarded_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server that wants hasgpu's password."""
-    folder = tmp_path_factory.mktemp("nats")
-    options = [
-        "--user",
-        "hasgpu",
-        "--pass",
-        "ri/ght",
-        "--js",
-        "--store_dir",
-        str(folder),
-        "--ports_file_dir",
-        str(folder),
-    ]
+@contextmanager
+def running_nats(folder: Path, password: str, port: int = -1) -> Iterator[str]:
+    """The URL of a server that wants this password of hasgpu."""
+    options = ["--user", "hasgpu", "--pass", password, "--js", "--store_dir", str(folder), "--ports_file_dir"]
     process = subprocess.Popen(
-        [str(nats_executable()), "--addr", "127.0.0.1", "--port", "-1", *options], stderr=subprocess.DEVNULL
+        [str(nats_executable()), "--addr", "127.0.0.1", "--port", str(port), *options, str(folder)],
+        stderr=subprocess.DEVNULL,
     )
     try:
         end_s = time.monotonic() + 60
-        while not (found := [file for file in folder.glob("*.ports") if file.stat().st_size]):
+        while not (found := [file for file in folder.glob(f"*_{process.pid}.ports") if file.stat().st_size]):
             assert time.monotonic() < end_s
             time.sleep(0.05)
         yield str(json.loads(found[0].read_text())["nats"][0])
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def guarded_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_nats(tmp_path_factory.mktemp("nats"), "ri/ght") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,39 @@ def test_a_wrong_password_of_nats_ends_it_at_once_with_one_line(guarded_nats: st
     assert "refuses the user or the password" in line
     assert "HASGPU_NATS_PASSWORD_FILE" in line
     assert "wrong" not in line
+
+
+# the client leaves the sockets of its refused attempts to the collector of garbage, which is made to come here
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_password_changed_while_it_runs_is_told_once_and_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    clock = SystemClock()
+
+    async def until(reached: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not reached():
+                await clock.sleep(0.05)
+
+    def refusals() -> int:
+        return sum("refuses the user or the password that it took before" in r.message for r in caplog.records)
+
+    with running_nats(tmp_path, "old") as url:
+        port = urlsplit(url).port or 0
+        bus_url = f"nats://hasgpu:old@127.0.0.1:{port}"
+        connecting = NatsBus.connect(bus_url, name="test", clock=clock)
+        bus = await connecting.__aenter__()
+    try:
+        await until(lambda: not bus.connected)
+        with running_nats(tmp_path, "new", port):
+            await until(lambda: refusals() > 0)
+            await clock.sleep(1)  # a few attempts more
+            assert (refusals(), bus.connected) == (1, False)
+        with running_nats(tmp_path, "old", port):
+            await until(lambda: bus.connected)
+    finally:
+        await connecting.__aexit__(None, None, None)
+        gc.collect()
 
 
 def test_a_wrong_password_of_redis_ends_it_at_once_with_one_line(
@@ -212,3 +245,28 @@ def test_volumes_are_made_ready_once(tmp_path: Path):
     (tmp_path / "node" / FILE).write_text('{"layout": 2}')
     with pytest.raises(UnsupportedError, match="node has state of layout 2"):
         volumes.prepare(tmp_path)
+
+
+def test_new_passwords_are_for_the_brokers_alone(tmp_path: Path):
+    volumes.prepare(tmp_path)
+    secrets = tmp_path / "secrets"
+    before = {file.name: file.read_text() for file in secrets.iterdir()}
+    volumes.new_passwords(tmp_path)
+    after = {file.name: file.read_text() for file in secrets.iterdir()}
+    assert {name for name in before if before[name] == after[name]} == {"grafana-password"}
+    assert after["nats-password"].strip() in after["nats-auth.conf"]
+    assert after["redis-password"].strip() in after["redis-auth.conf"]
+    volumes.prepare(tmp_path)
+    assert {file.name: file.read_text() for file in secrets.iterdir()} == after
+
+
+def test_volumes_take_no_other_words(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hasgpu_runtime.volumes", "--new"],
+        env={**os.environ, "HASGPU_VOLUMES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "hasgpu: expected nothing, --wait or --new-passwords, got --new\n")
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,8 @@ and the pieces of configuration that carry them; `nats`, `redis`, `scaler`, `rap
 mounted, `prometheus` and `grafana`) are marked with the layout of their state, so that another version's is refused
 here, before anything runs on it. It may be run as often as one likes.
 
-`python -m hasgpu_runtime.volumes --wait` waits until both brokers take these passwords.
+`python -m hasgpu_runtime.volumes --wait` waits until both brokers take these passwords; `--new-passwords` makes up new
+ones for them, which brokers and services read when they start again.
 """
 
 from __future__ import annotations
@@ -55,10 +56,29 @@ def _prepare_secrets(folder: Path) -> None:
     _write(folder / "redis-auth.conf", f"requirepass {redis}\n")
 
 
+def new_passwords(root: Path) -> None:
+    """Replaces the passwords of NATS and Redis; Grafana keeps its own, which it has read on its first start for good.
+
+    Raises:
+        InvalidError: The volume can't be written.
+    """
+    folder = root / "secrets"
+    try:
+        for name in ("nats-password", "redis-password"):
+            _write(folder / name, _made_up())
+        _prepare_secrets(folder)
+    except OSError as error:
+        raise InvalidError(f"volume {folder}", expected="a folder to write to", got=str(error)) from error
+
+
+def _made_up() -> str:
+    return secrets.token_urlsafe(PASSWORD_BYTES) + "\n"
+
+
 def _password(file: Path) -> str:
     """What the file holds; what it is to hold from now on when it is not there."""
     if not file.exists():
-        _write(file, secrets.token_urlsafe(PASSWORD_BYTES) + "\n")
+        _write(file, _made_up())
     return file.read_text(encoding="utf-8").strip()
 
 
@@ -83,13 +103,21 @@ async def wait_for_brokers(environ: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 with one line."""
+    """Returns the exit status: 0; 1 with one line about what is wrong; 2 for a wrong call."""
     environ = environment()
+    root = Path(text(environ, "HASGPU_VOLUMES", DEFAULT_VOLUMES))
     try:
-        if sys.argv[1:] == ["--wait"]:
-            asyncio.run(wait_for_brokers(environ))
-        else:
-            prepare(Path(text(environ, "HASGPU_VOLUMES", DEFAULT_VOLUMES)))
+        match sys.argv[1:]:
+            case []:
+                prepare(root)
+            case ["--wait"]:
+                asyncio.run(wait_for_brokers(environ))
+            case ["--new-passwords"]:
+                new_passwords(root)
+                sys.stderr.write("hasgpu: NATS and Redis have new passwords once `docker compose restart` is done\n")
+            case other:
+                sys.stderr.write(f"hasgpu: expected nothing, --wait or --new-passwords, got {' '.join(other)}\n")
+                return 2
     except HasgpuError as error:
         sys.stderr.write(f"hasgpu: {error}\n")
         return 1

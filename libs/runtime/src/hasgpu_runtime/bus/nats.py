@@ -52,6 +52,8 @@ class NatsBus:
         self._client = nats.aio.client.Client()
         self._js: Any = self._client.jetstream(timeout=WAIT_S)
         self._connected = asyncio.Event()
+        self._opened = False
+        self._told_refused = False
         self._watches: set[Watch] = set()
         self._artifacts = ArtifactBucket(self._js)
 
@@ -228,6 +230,7 @@ class NatsBus:
                 self._connected.set()
                 while not await self._try_ensure():
                     await self._clock.sleep(0.25)
+                self._opened = True
         except TimeoutError as error:
             last = f": {_text(self._client.last_error)}" if self._client.last_error is not None else ""
             raise UnavailableError(f"no NATS with JetStream at {self._where} within {timeout_s:.0f} s{last}") from error
@@ -246,13 +249,26 @@ class NatsBus:
         await _quietly(self._client.close())
 
     async def _on_error(self, error: Exception) -> None:
-        if not self._connected.is_set() and _REFUSED in str(error).lower():
+        if _REFUSED in str(error).lower():
+            self._on_refused()
+            return
+        _log.debug("NATS at %s: %r", self._where, error)
+
+    def _on_refused(self) -> None:
+        if not self._opened:
             # Leaves the client's endless attempts to connect: no waiting makes a wrong password right.
             raise UnavailableError(
                 f"NATS at {self._where} refuses the user or the password: HASGPU_NATS_URL and "
                 "HASGPU_NATS_PASSWORD_FILE must name what the server was given"
             )
-        _log.debug("NATS at %s: %r", self._where, error)
+        # What served goes on serving, and the client trying: the server may get its old password back.
+        if not self._told_refused:
+            self._told_refused = True
+            _log.warning(
+                "NATS at %s refuses the user or the password that it took before; if they were changed, "
+                "start this service again",
+                self._where,
+            )
 
     async def _on_disconnected(self) -> None:
         if self._connected.is_set():
@@ -262,6 +278,7 @@ class NatsBus:
 
     async def _on_reconnected(self) -> None:
         _log.info("the broker at %s is back", self._where)
+        self._told_refused = False
         self._connected.set()
         for watch in self._watches:
             watch.restart()
