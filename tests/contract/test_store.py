@@ -10,6 +10,7 @@ from hasgpu_core.errors import ConflictError, FencedError, UnavailableError
 from hasgpu_core.ports import Fence, Store, Versioned
 from hasgpu_runtime.brokers import RedisServer
 from hasgpu_runtime.store.redis import RedisStore
+from hasgpu_runtime.testing import TcpProxy
 
 
 class StoreContract:
@@ -164,3 +165,18 @@ async def test_a_store_that_restarts_kept_what_it_took(tmp_path):
             server.start()
             assert await store.get("hasgpu:a") == Versioned(b"1", revision)
             assert await store.compare_and_set("hasgpu:a", b"2", expected_revision=revision, fence=fence) > revision
+
+
+async def test_a_write_whose_answer_was_lost_is_made_once_and_is_no_conflict(redis_server, redis_store):
+    async with (
+        TcpProxy(f"127.0.0.1:{redis_server.port}") as proxy,
+        RedisStore.connect(f"redis://{proxy.address}/0") as store,
+    ):
+        first = await store.compare_and_set("hasgpu:a", b"1", expected_revision=0)
+        proxy.lost_answers = 1
+        second = await store.compare_and_set("hasgpu:a", b"2", expected_revision=first)
+        assert proxy.lost_answers == 0
+        assert await redis_store.get("hasgpu:a") == Versioned(b"2", second)
+        assert second == first + 1
+        with pytest.raises(ConflictError):
+            await store.compare_and_set("hasgpu:a", b"2", expected_revision=first)

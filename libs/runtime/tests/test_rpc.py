@@ -120,6 +120,19 @@ async def test_an_unforeseen_error_is_internal_logged_and_breaks_nothing(service
     await stub.GetFunction(gateway_pb2.GetFunctionRequest())
 
 
+async def test_a_message_too_long_for_a_header_is_cut(service):
+    servicer, _, channel = service
+    for text in ("модель " * 5_000, "x" * 50_000):
+        servicer.error = errors.ModelError(text)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway_pb2_grpc.FunctionServiceStub(channel).GetFunction(
+                gateway_pb2.GetFunctionRequest(), timeout=60
+            )
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert caught.value.details().removesuffix(" ...") in text
+        assert len(caught.value.details()) > 1_000
+
+
 async def test_an_abort_by_hand_passes_through(service, caplog):
     _, _, channel = service
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -255,6 +255,22 @@ async def test_a_model_error_is_internal_with_its_message(harness) -> None:
     assert len(worker.requests) == 1
 
 
+async def test_an_instance_started_for_smaller_batches_does_not_make_a_request_wrong(harness) -> None:
+    worker = await harness.worker()
+
+    async def fail(_, request):
+        return harness.failing(request, worker_pb.ERROR_KIND_INPUT, "rows of the batch: expected at most 2, got 3")
+
+    worker.behaviour = fail
+    await harness.deploy(harness.make_spec(max_batch=2))
+    await harness.announce(worker)
+    await harness.connected("echo-0")
+    await harness.functions.UpdateFunction(gateway_pb2.UpdateFunctionRequest(name="echo", max_batch=4))
+    error = await failure(harness.infer((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "instance 'echo-0' takes 2 rows until it is replaced, got 3" in error.details()
+
+
 async def test_an_undecodable_input_is_the_caller_s_fault(harness) -> None:
     worker = await harness.worker()
 
@@ -318,7 +334,8 @@ async def test_a_batch_that_expired_at_the_worker_is_a_timeout(harness) -> None:
     await harness.deploy(harness.make_spec())
     await harness.announce(worker)
     error = await failure(harness.infer())
-    assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "Request timeout expired: 20000 ms passed before 'echo-0' came to it"
 
 
 @pytest.mark.parametrize("where", ["function", "parameter"])
@@ -328,8 +345,20 @@ async def test_a_request_s_own_timeout_ends_its_wait(harness, where: str) -> Non
     if where == "parameter":
         request.parameters["timeout"].int64_param = 50_000
     error = await failure(harness.inference.ModelInfer(request, timeout=20))
-    assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "Request timeout expired: 50 ms passed while 'echo' had no instance"
     assert harness.lane().queued_count == 0
+
+
+async def test_a_request_that_waited_for_an_instance_in_vain_says_what_became_of_it(harness) -> None:
+    worker = await harness.worker()
+    await harness.deploy(harness.make_spec(timeout_ms=50))
+    await harness.announce(worker, state=InstanceState.FAILED, reason="loading 'handler.py' failed: no weights")
+    error = await failure(harness.infer())
+    assert error.details() == (
+        "Request timeout expired: 50 ms passed while no instance of 'echo' was ready: "
+        "echo-0 failed (loading 'handler.py' failed: no weights)"
+    )
 
 
 async def test_a_caller_s_deadline_or_leaving_takes_its_request_out_of_the_line(harness) -> None:
@@ -342,6 +371,24 @@ async def test_a_caller_s_deadline_or_leaving_takes_its_request_out_of_the_line(
     call.cancel()
     await harness.until(lambda: harness.lane().queued_count == 0)
     await harness.until(lambda: harness.lane().meter.failed_count == 2)
+
+
+async def test_what_waits_is_bounded_in_bytes_too(harness) -> None:
+    await harness.deploy(harness.make_spec())
+    lane = harness.lane()
+    lane._settings = dataclasses.replace(lane._settings, max_queue_bytes=20)
+    waiting = [harness.infer((1.0, 2.0), (3.0, 4.0), (5.0, 6.0))]
+    await harness.until(lambda: lane.queued_count == 1)
+    error = await failure(harness.infer())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "requests of 24 bytes wait, of 20 that may, and this one has 8" in error.details()
+    waiting[0].cancel()
+    await harness.until(lambda: lane.queued_count == 0)
+    waiting += [harness.infer(), harness.infer()]
+    await harness.until(lambda: lane.queued_count == 2)
+    await harness.announce(await harness.worker())
+    await asyncio.gather(*waiting[1:])
+    assert lane._queued_bytes == 0
 
 
 async def test_a_full_queue_refuses(harness) -> None:

@@ -102,8 +102,8 @@ async def test_deadlines_of_many_answered_requests_are_forgotten() -> None:
 
 
 async def test_an_expired_request_has_the_status_that_its_caller_expects() -> None:
-    assert isinstance(pending(1, deadline_s=1.0).expired(), ExpiredError)
-    assert isinstance(pending(1, deadline_s=1.0, by_caller=True).expired(), DeadlineError)
+    assert isinstance(pending(1, deadline_s=1.0).expired("in the queue"), ExpiredError)
+    assert isinstance(pending(1, deadline_s=1.0, by_caller=True).expired("in the queue"), DeadlineError)
 
 
 def test_percentiles_are_of_the_last_seconds_only() -> None:

@@ -60,7 +60,7 @@ async def test_a_failed_request_s_span_says_why(harness, spans) -> None:
     assert len(results) == 1
     await harness.until(lambda: any(span.name == "gateway.infer" for span in spans.get_finished_spans()))
     (infer,) = [span for span in spans.get_finished_spans() if span.name == "gateway.infer"]
-    assert infer.status.description == "Request timeout expired"
+    assert infer.status.description == "Request timeout expired: 30 ms passed while 'echo' had no instance"
 
 
 async def test_a_request_that_its_caller_does_not_trace_leaves_no_trace(harness, spans) -> None:

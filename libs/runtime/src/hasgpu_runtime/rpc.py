@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -30,6 +31,8 @@ FIRST_RECONNECT_S = 0.1
 LONGEST_RECONNECT_S = 1.0
 SHORTEST_PING_INTERVAL_S = 0.5
 """A server breaks a connection off on which pings come faster."""
+LONGEST_DETAILS_BYTES = 6_000
+"""Of a status message on the wire; clients refuse headers of more than 8 to 16 KiB with an error of their own."""
 _UNTRACED = ("grpc.health.", "grpc.reflection.")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -232,6 +235,13 @@ def _wrap_stream(behavior: Any, method: str, telemetry: Telemetry | None) -> Cal
     return traced
 
 
+def short_details(text: str) -> str:
+    """Returns a message that a status can carry: it travels as a header, percent-encoded, and headers have a bound."""
+    if len(quote(text)) <= LONGEST_DETAILS_BYTES:
+        return text
+    return text.encode(errors="replace")[: LONGEST_DETAILS_BYTES // 3].decode(errors="ignore") + " ..."
+
+
 async def _abort(context: _Context, method: str, error: Exception) -> NoReturn:
     """Ends a call with the status of an error."""
     if isinstance(error, grpc.aio.AbortError):
@@ -239,7 +249,7 @@ async def _abort(context: _Context, method: str, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AioRpcError):
         error = from_rpc_error(error)
     if isinstance(error, HasgpuError):
-        await context.abort(status_of(error), str(error), trailing_metadata(error))
+        await context.abort(status_of(error), short_details(str(error)), trailing_metadata(error))
     _log.error("%s failed", method, exc_info=error)
     await context.abort(
         grpc.StatusCode.INTERNAL, f"{method} failed: {type(error).__name__}; the server's log says more"

@@ -143,6 +143,7 @@ class TcpProxy:
 
     Attributes:
         passes: While it is clear, nothing passes.
+        lost_answers: So many pieces that come from the target are lost, each with its connection.
         connections_count: Connections taken so far.
         address: Where it listens, once entered.
     """
@@ -150,6 +151,7 @@ class TcpProxy:
     def __init__(self, target: str) -> None:
         self.target = target
         self.connections_count = 0
+        self.lost_answers = 0
         self.passes = asyncio.Event()
         self.passes.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,12 +172,15 @@ class TcpProxy:
         host, _, port = self.target.rpartition(":")
         other_reader, other_writer = await asyncio.open_connection(host, int(port))
         for source, sink in ((reader, other_writer), (other_reader, writer)):
-            self._tasks.add(asyncio.ensure_future(self._pump(source, sink)))
+            self._tasks.add(asyncio.ensure_future(self._pump(source, sink, is_answer=source is other_reader)))
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_answer: bool) -> None:
         try:
             while data := await source.read(65_536):
                 await self.passes.wait()
+                if is_answer and self.lost_answers:
+                    self.lost_answers -= 1
+                    return
                 sink.write(data)
                 await sink.drain()
         except OSError:

@@ -74,7 +74,9 @@ class Gateway:
             open_channel=functools.partial(open_channel, max_message_bytes=UNBOUNDED_BYTES),
             telemetry=world.telemetry,
             metrics=world.metrics,
-            lane_settings=LaneSettings(max_batches_in_flight=settings.max_batches_in_flight),
+            lane_settings=LaneSettings(
+                max_batches_in_flight=settings.max_batches_in_flight, max_queue_bytes=settings.max_queue_bytes
+            ),
             link_settings=LinkSettings(),
         )
         self.registry = Registry(

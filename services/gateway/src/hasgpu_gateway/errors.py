@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from hasgpu_core.errors import NotFoundError, UnavailableError
 
+TIMEOUT_EXPIRED = "Request timeout expired"
+
 
 class UnknownModelError(NotFoundError):
     """No function of that name, or none of that version."""
@@ -25,10 +27,10 @@ class UnknownModelError(NotFoundError):
 
 
 class ExpiredError(UnavailableError):
-    """The request's time ran out while it waited or ran."""
+    """The request's time ran out while it waited or ran; the first words are those that clients of Triton know."""
 
-    def __init__(self) -> None:
-        super().__init__("Request timeout expired")
+    def __init__(self, how: str) -> None:
+        super().__init__(f"{TIMEOUT_EXPIRED}: {how}")
 
 
 class InstanceLostError(UnavailableError):

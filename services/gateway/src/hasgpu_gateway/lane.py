@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hasgpu_core.capacity import CapacityTable
-from hasgpu_core.errors import HasgpuError, InvalidError, ModelError, UnavailableError
+from hasgpu_core.errors import HasgpuError, InvalidError, ModelError, QueueFullError, UnavailableError
 from hasgpu_core.events import DemandEvent, FunctionEvent, InstanceEvent
 from hasgpu_core.policy.admission import admit
 from hasgpu_core.policy.batching import EdfQueue, Waiting
@@ -51,6 +51,8 @@ class LaneSettings:
     """At one instance."""
     max_batch_bytes: int = 32 * 1024 * 1024
     """Tensor contents in one batch; a request larger than that goes alone."""
+    max_queue_bytes: int = 256 * 1024 * 1024
+    """Tensor contents in line; a single request may be larger."""
     demand_window_s: float = 3.0
     """Over which latencies are reported."""
 
@@ -85,6 +87,7 @@ class Lane:
         self._routes: dict[str, Route] = {}
         self._deadlines = Deadlines(clock, self._expire)
         self._waiting_since: dict[int, float] = {}
+        self._queued_bytes = 0
         self._sequence = 0
         self._batch = 0
         self._idle = asyncio.Event()
@@ -366,8 +369,14 @@ class Lane:
             raise UnavailableError(refusal.reason, retry_after_s=refusal.retry_after_s)
 
     def _enqueue(self, pending: Pending, *, returning: bool = False) -> None:
-        """Puts a request in line; raises QueueFullError at the bound, except for one that comes back."""
+        """Puts a request in line; raises QueueFullError at a bound, except for one that comes back."""
         call = pending.call
+        queued_bytes = self._queued_bytes + call.size_bytes
+        if queued_bytes > self._settings.max_queue_bytes and len(self._queue) and not returning:
+            raise QueueFullError(
+                f"Exceeds maximum queue size: requests of {self._queued_bytes} bytes wait, of "
+                f"{self._settings.max_queue_bytes} that may, and this one has {call.size_bytes}"
+            )
         self._queue.push(
             Waiting(
                 request=pending,
@@ -380,11 +389,13 @@ class Lane:
             )
         )
         pending.queued = True
+        self._queued_bytes = queued_bytes
         self._waiting_since[pending.sequence] = pending.arrived_s
         pending.trace.queued()
 
     def _dequeued(self, pending: Pending) -> None:
         pending.queued = False
+        self._queued_bytes -= pending.call.size_bytes
         self._waiting_since.pop(pending.sequence, None)
         pending.trace.dispatched()
 
@@ -428,7 +439,12 @@ class Lane:
                 route.draining = True
                 self._requeue(pending)
             case FailureKind.EXPIRED:
-                pending.settle(pending.expired())
+                pending.settle(pending.expired(f"before {route.event.instance!r} came to it"))
+            case FailureKind.INPUT if route.max_rows < pending.call.rows <= self.event.spec.max_batch:
+                # It was started before the function took batches so large, and its successor is on its way.
+                name = route.event.instance
+                text = f"instance {name!r} takes {route.max_rows} rows until it is replaced, got {pending.call.rows}"
+                pending.settle(UnavailableError(text, retry_after_s=1.0))
             case FailureKind.INPUT:
                 pending.settle(InvalidError(failure.message))
             case FailureKind.HUNG:
@@ -480,7 +496,7 @@ class Lane:
         if self._closed is not None:
             pending.settle(self._closed)
         elif pending.deadline_s <= self._clock.now_s():
-            pending.settle(pending.expired())
+            pending.settle(pending.expired("before it could be tried again"))
         else:
             self._enqueue(pending, returning=True)
 
@@ -492,8 +508,21 @@ class Lane:
 
     def _expire(self, pending: Pending) -> None:
         """The deadline of a request has come; its batch, if it is in one, goes on for the others."""
+        where = self._whereabouts() if pending.queued else "while an instance ran it"
         self._withdraw(pending)
-        pending.settle(pending.expired())
+        pending.settle(pending.expired(where))
+
+    def _whereabouts(self) -> str:
+        """What a request in line is waiting for, in words."""
+        if self._open_routes():
+            return "in the queue"
+        states = [route.event for route in self._routes.values() if not route.gone]
+        if not states:
+            return f"while {self.name!r} had no instance"
+        said = (
+            f"{event.instance} {event.state.value}{f' ({event.reason})' if event.reason else ''}" for event in states
+        )
+        return f"while no instance of {self.name!r} was ready: {', '.join(said)}"
 
     def _fail_queued(self, error: HasgpuError) -> None:
         for item in self._queue.expired(float("inf")):

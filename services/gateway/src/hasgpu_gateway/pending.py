@@ -7,7 +7,7 @@ import asyncio
 from hasgpu_core.errors import DeadlineError, HasgpuError
 
 from hasgpu_gateway.calls import Answer, InferCall
-from hasgpu_gateway.errors import ExpiredError
+from hasgpu_gateway.errors import TIMEOUT_EXPIRED, ExpiredError
 from hasgpu_gateway.tracing import RequestTrace
 
 
@@ -56,9 +56,10 @@ class Pending:
         """A batch that it was in failed; it is run by itself, so that only the guilty one fails."""
         self.trace = trace
 
-    def expired(self) -> HasgpuError:
+    def expired(self, where: str) -> HasgpuError:
         """Returns the error of a request whose time is up: the status that its caller sets by itself, or ours."""
-        return DeadlineError("Request timeout expired") if self.by_caller else ExpiredError()
+        how = f"{1e3 * (self.deadline_s - self.arrived_s):.0f} ms passed {where}"
+        return DeadlineError(f"{TIMEOUT_EXPIRED}: {how}") if self.by_caller else ExpiredError(how)
 
     def settle(self, outcome: Answer | Exception) -> bool:
         """Gives the outcome to whoever waits; False when that happened already or nobody waits any more."""

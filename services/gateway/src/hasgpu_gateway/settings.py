@@ -30,6 +30,8 @@ class GatewaySettings:
     """HASGPU_MAX_ARTIFACT_BYTES; larger artifacts are refused."""
     max_message_bytes: int = 64 * MIB
     """HASGPU_MAX_MESSAGE_BYTES; larger requests are refused with RESOURCE_EXHAUSTED."""
+    max_queue_bytes: int = 256 * MIB
+    """HASGPU_MAX_QUEUE_BYTES; tensor contents that may wait of one function, beside its `max_queue`."""
     max_batches_in_flight: int = 2
     """HASGPU_MAX_BATCHES_IN_FLIGHT, at one instance."""
     stop_timeout_s: float = 10.0
@@ -45,6 +47,7 @@ def load(environ: Mapping[str, str]) -> GatewaySettings:
         gateway_id=gateway_id,
         max_artifact_bytes=integer(environ, "HASGPU_MAX_ARTIFACT_BYTES", 2 * GIB, 1, 64 * GIB),
         max_message_bytes=integer(environ, "HASGPU_MAX_MESSAGE_BYTES", 64 * MIB, 4096, 2**31 - 1),
+        max_queue_bytes=integer(environ, "HASGPU_MAX_QUEUE_BYTES", 256 * MIB, 1, 64 * GIB),
         max_batches_in_flight=integer(environ, "HASGPU_MAX_BATCHES_IN_FLIGHT", 2, 1, 64),
         stop_timeout_s=number(environ, "HASGPU_STOP_TIMEOUT_S", 10.0, 0.0, LONGEST_STOP_S),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -45,12 +46,16 @@ if ARGV[1] ~= '' then
 end
 local actual = redis.call('HGET', KEYS[1], 'revision') or '0'
 """
+# ARGV[4] names the write: the client sends one again whose answer was lost, and what it wrote itself is no conflict.
 _SET = (
     _CHECK
     + """
-if actual ~= ARGV[2] then return {1, tonumber(actual)} end
+if actual ~= ARGV[2] then
+  if redis.call('HGET', KEYS[1], 'write') == ARGV[4] then return {0, tonumber(actual)} end
+  return {1, tonumber(actual)}
+end
 local revision = redis.call('INCR', KEYS[2])
-redis.call('HSET', KEYS[1], 'value', ARGV[3], 'revision', string.format('%d', revision))
+redis.call('HSET', KEYS[1], 'value', ARGV[3], 'revision', string.format('%d', revision), 'write', ARGV[4])
 return {0, revision}
 """
 )
@@ -147,7 +152,7 @@ class RedisStore:
         self, key: str, value: bytes, *, expected_revision: int, fence: Fence | None = None
     ) -> int:
         """Writes when the key is at `expected_revision` (0: absent); returns the new revision."""
-        arguments: list[str | bytes] = [_token(fence), str(expected_revision), value]
+        arguments: list[str | bytes] = [_token(fence), str(expected_revision), value, secrets.token_hex(8)]
         outcome, number = await self._call(self._set(keys=_keys(key, fence), args=arguments))
         _raise_unless_done(int(outcome), int(number), key, expected_revision, fence)
         return int(number)
