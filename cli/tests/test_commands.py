@@ -124,6 +124,17 @@ def record(process: ProcessId) -> RunRecord:
     return RunRecord(process, "nats://n", "redis://r", {"gateway": unit})
 
 
+def test_up_says_that_what_runs_keeps_its_options(tmp_path: Path) -> None:
+    me = ProcessId.of(os.getpid())
+    assert me is not None
+    write_run_record(Home(tmp_path), record(me))
+    result = call(tmp_path, "up", "--device", "emulated", "--nodes", "2")
+    assert result.exit_code == 0
+    assert "already up" in result.output
+    assert "it runs as it was started; --device, --nodes would count after `hasgpu down`" in result.output
+    assert "would count" not in call(tmp_path, "up").output
+
+
 def test_a_stale_run_file_counts_as_down(tmp_path: Path) -> None:
     """The pid is alive but belongs to another process by now: nothing may be signalled."""
     me = ProcessId.of(os.getpid())
@@ -153,6 +164,7 @@ def test_run_records_there_and_back(tmp_path: Path) -> None:
     assert read_run_record(home) is None
     write_run_record(home, written)
     assert read_run_record(home) == written
+    assert home.run_file.stat().st_mode & 0o077 == 0, "an external broker's URL may hold its password"
 
 
 def test_down_when_nothing_runs(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hasgpu.rapp.v1 import rapp_pb2, rapp_pb2_grpc
 from hasgpu.scaler.v1 import scaler_pb2, scaler_pb2_grpc
 from hasgpu.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from hasgpu_cli.__main__ import cli
+from hasgpu_cli.functions import _Failures
 from hasgpu_cli.tensors import pack_bytes, unpack_bytes
 from hasgpu_core.errors import AlreadyExistsError, NotFoundError
 from hasgpu_runtime.rpc import create_server
@@ -209,6 +210,20 @@ def test_a_function_that_does_not_start_is_told_with_its_reason(
     result = call("deploy", str(spec))
     assert result.exit_code == 1
     assert "Error: f does not start: ImportError: no module nothing" in result.output
+
+
+def test_instances_that_fail_in_turn_end_the_wait() -> None:
+    failures = _Failures()
+
+    def look(*states: str) -> str:
+        named = enumerate(states)
+        return failures.hopeless([{"instance": f"f-{n}", "state": s, "reason": "no weights"} for n, s in named], 1.0)
+
+    assert look("failed", "loading") == look("loading", "failed") == look("failed", "loading") == ""
+    assert look("ready", "loading") == "", "one that serves makes up for those that failed"
+    assert [look("failed", "loading"), look("loading", "failed"), look("failed", "loading")] == ["", "", ""]
+    assert look("failed", "loading") == "", "still the same failure"
+    assert look("loading", "failed") == "no weights"
 
 
 def test_describe_functions_and_delete(services: Services, spec: Path) -> None:

@@ -12,8 +12,10 @@ from hasgpu_cli.proto_json import to_plain
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 TELEMETRY_TIMEOUT_S = 2.0
+NOT_TOLD = "-"
 
 
 def sharing(device: dict[str, Any]) -> str:
@@ -65,31 +67,37 @@ async def _telemetry(node: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def device_table(events: list[dict[str, Any]]) -> Table:
-    """One line a device; what its driver does not tell is a dash."""
+    """One line a device; what a driver does not tell is a dash, and what no driver tells has no column."""
     from rich.table import Table
     from rich.text import Text
 
     columns = ("device", "model", "shared by", "health", "rows", "promised", "in use", "kernels", "power", "clock", "")
-    table = Table(*columns, box=None)
+    lines: list[tuple[str | Text, ...]] = []
     for event in events:
         device = event["device"]
         rows = ", ".join(f"{row['sm_pct']} % × {row['used_permille'] / 10:g} %" for row in event["rows"])
         health = trouble(device)
-        table.add_row(
-            f"{device['node']}/{device['gpu']}",
-            device["model"],
-            device["mode"] or device["backend"],
-            Text.from_markup(health) if health else "ok",
-            rows or "-",
-            _figure(event.get("memory_used_bytes"), 1 / 2**30, ".1f", "GiB"),
-            _figure(event.get("measured_memory_bytes"), 1 / 2**30, ".1f", "GiB"),
-            _figure(event.get("utilisation_pct"), 1, ".0f", "%"),
-            _figure(event.get("power_mw"), 1e-3, ".0f", "W"),
-            _figure(event.get("sm_clock_mhz"), 1, ".0f", "MHz"),
-            _figure(event.get("temperature_c"), 1, ".0f", "°C"),
+        lines.append(
+            (
+                f"{device['node']}/{device['gpu']}",
+                device["model"],
+                device["mode"] or device["backend"],
+                Text.from_markup(health) if health else "ok",
+                rows or NOT_TOLD,
+                _figure(event.get("memory_used_bytes"), 1 / 2**30, ".1f", "GiB"),
+                _figure(event.get("measured_memory_bytes"), 1 / 2**30, ".1f", "GiB"),
+                _figure(event.get("utilisation_pct"), 1, ".0f", "%"),
+                _figure(event.get("power_mw"), 1e-3, ".0f", "W"),
+                _figure(event.get("sm_clock_mhz"), 1, ".0f", "MHz"),
+                _figure(event.get("temperature_c"), 1, ".0f", "°C"),
+            )
         )
+    told = [index for index in range(len(columns)) if any(line[index] != NOT_TOLD for line in lines)]
+    table = Table(*(columns[index] for index in told), box=None)
+    for line in lines:
+        table.add_row(*(line[index] for index in told))
     return table
 
 
 def _figure(value: int | None, factor: float, form: str, unit: str) -> str:
-    return "-" if value is None else f"{value * factor:{form}} {unit}"
+    return NOT_TOLD if value is None else f"{value * factor:{form}} {unit}"

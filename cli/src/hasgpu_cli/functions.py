@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hasgpu_core.errors import DeadlineError, HasgpuError, ModelError, UnavailableError
@@ -24,6 +24,8 @@ PATIENCE_AWAY_S = 20.0
 SERVING_CONDITIONS = ("ready", "scaled to zero", "standing by")
 PATIENCE_FAILED_S = 8.0
 """Instances are tried again by themselves; after this long without one that loads, waiting ends with the reason."""
+PATIENCE_FAILURES_COUNT = 4
+"""The same, where loading takes so long that there is hardly a moment in which all have failed."""
 
 
 async def deploy(target: Target, deployment: Deployment, *, replace: bool) -> dict[str, Any]:
@@ -111,7 +113,7 @@ async def wait_until_ready(
     """
     async with target.session():
         until_s = time.monotonic() + within_s
-        failing_since_s: float | None = None
+        failures = _Failures()
         answered_s = time.monotonic()
         while True:
             now_s = time.monotonic()
@@ -127,13 +129,33 @@ async def wait_until_ready(
             on_progress(text)
             if _is_ready(name, function, profiled=profiled):
                 return function
-            failed = {instance["state"] for instance in function["instances"]} == {"failed"}
-            failing_since_s = (failing_since_s or now_s) if failed else None
-            if failing_since_s is not None and now_s - failing_since_s > PATIENCE_FAILED_S:
-                raise ModelError(f"{name} does not start: {function['instances'][0]['reason']}")
+            if reason := failures.hopeless(function["instances"], now_s):
+                raise ModelError(f"{name} does not start: {reason}")
             if now_s > until_s:
                 raise DeadlineError(f"{name} is not ready after {within_s:.0f} s: {text}")
             await asyncio.sleep(POLL_S)
+
+
+class _Failures:
+    """Tells instances that will not start from those that take a while."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self._count = 0
+        self._failed: set[str] = set()
+
+    def hopeless(self, instances: Sequence[dict[str, Any]], now_s: float) -> str:
+        """Takes what the instances are now; returns why none will start, empty while one still may."""
+        failed = {item["instance"]: item["reason"] for item in instances if item["state"] == "failed"}
+        if any(item["state"] == "ready" for item in instances):
+            self._count = 0
+        self._count += len(failed.keys() - self._failed)
+        self._failed = set(failed)
+        self._since_s = (self._since_s or now_s) if failed and len(failed) == len(instances) else None
+        lasting = self._since_s is not None and now_s - self._since_s > PATIENCE_FAILED_S
+        if failed and (lasting or self._count >= PATIENCE_FAILURES_COUNT):
+            return str(next(iter(failed.values())))
+        return ""
 
 
 def _is_ready(name: str, function: dict[str, Any], *, profiled: bool) -> bool:

@@ -100,16 +100,19 @@ class RunRecord:
         return self.units[name].address if name in self.units else ""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes atomically: a reader sees the old file or the new one."""
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    """Writes atomically: a reader sees the old file or the new one; a private file is for its owner alone."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
 
 
 def write_run_record(home: Home, record: RunRecord) -> None:
-    """Writes run.json atomically."""
-    write_json(home.run_file, {"version": RUN_FILE_VERSION, **asdict(record)})
+    """Writes run.json atomically; the brokers' URLs in it may hold passwords."""
+    write_json(home.run_file, {"version": RUN_FILE_VERSION, **asdict(record)}, private=True)
 
 
 def read_run_record(home: Home) -> RunRecord | None:

@@ -141,8 +141,8 @@ def read_stack(home: Home) -> Stack:
 
 
 def write_stack(home: Home, stack: Stack) -> None:
-    """Writes stack.json atomically."""
-    write_json(home.stack_file, asdict(stack))
+    """Writes stack.json atomically; the brokers' URLs in it may hold passwords."""
+    write_json(home.stack_file, asdict(stack), private=True)
 
 
 def assign_ports(stack: Stack, *, before: Mapping[str, int]) -> Stack:

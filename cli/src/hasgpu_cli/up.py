@@ -39,8 +39,9 @@ def running(home: Home) -> RunRecord | None:
 def start(home: Home, stack: Stack, *, foreground: bool = False) -> subprocess.Popen[bytes]:
     """Starts the supervisor of a home in which none runs; what an earlier one left behind is ended first."""
     stack.validate()
-    for folder in (home.path, home.logs, home.state, home.brokers):
-        folder.mkdir(parents=True, exist_ok=True)
+    home.path.mkdir(parents=True, exist_ok=True)
+    for folder in (home.logs, home.state, home.brokers):
+        folder.mkdir(mode=0o700, exist_ok=True)  # what callers sent, and what was deployed
     _end_leftovers(home)
     stack = assign_ports(stack, before=read_stack(home).ports)
     write_stack(home, stack)

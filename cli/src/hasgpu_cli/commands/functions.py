@@ -13,12 +13,14 @@ from hasgpu_cli import functions
 from hasgpu_cli.client import Target
 from hasgpu_cli.options import json_option, make_console, print_json, run, target_options
 
+WITHIN = click.FloatRange(min=0)
+
 
 @click.command("deploy")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--replace", is_flag=True, help="Take the place of a function of the same name.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it is profiled and ready.")
-@click.option("--timeout", "within_s", default=180.0, show_default=True, help="Longest wait in seconds.")
+@click.option("--timeout", "within_s", default=180.0, show_default=True, type=WITHIN, help="Longest wait in seconds.")
 @json_option
 @target_options("gateway", "rapp")
 def deploy_command(target: Target, file: Path, replace: bool, wait: bool, within_s: float, as_json: bool) -> None:
@@ -34,12 +36,26 @@ def deploy_command(target: Target, file: Path, replace: bool, wait: bool, within
         raise click.ClickException(f"{error}; --replace takes its place") from error
     if not as_json:
         click.echo(f"{name}: sent {artifact.size_bytes:,} bytes, sha256 {artifact.sha256[:12]}…")
-    if wait and not deployment.spec.advisory:  # nobody starts an instance of one in advisory mode
+    starts = deployment.spec.min_instances > 0 or not deployment.spec.advisory
+    if wait and starts:  # nobody starts an instance of one in advisory mode beyond its minimum
         function = _wait(target, name, within_s, quiet=as_json)
     if as_json:
         print_json(function)
     else:
         click.echo(f"{name}: {function['condition']}, revision {function['revision']}")
+        if deployment.spec.advisory:
+            click.echo(advisory_words(name, deployment.spec.min_instances))
+
+
+def advisory_words(name: str, min_instances: int) -> str:
+    """What a user of a function in advisory mode has to know, and to do."""
+    shown = f"`hasgpu explain {name}` shows what the policy would do"
+    if min_instances:
+        return f"{name}: advisory mode: its minimum of {min_instances} is kept; {shown}, `hasgpu scale {name}` does it"
+    return (
+        f"{name}: advisory mode with min: 0: nothing serves it until `hasgpu scale {name} --instances 1` starts an "
+        f"instance; {shown}"
+    )
 
 
 def _wait(target: Target, name: str, within_s: float, *, quiet: bool) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def functions_command(target: Target, as_json: bool) -> None:
             str(spec["slo_ms"]),
             f"{ready} of {len(function['instances'])} ready ({spec['min_instances']}..{spec['max_instances']})",
             f"{100 * device_share(function):.0f} %",
-            spec["format"],
+            spec["format"].replace("_", "-"),
             str(function["revision"]),
         )
     make_console().print(table)
@@ -118,7 +134,8 @@ def _print_function(function: dict[str, Any], desired: list[dict[str, Any]]) -> 
     console = make_console()
     spec = function["spec"]
     console.print(f"[bold]{spec['name']}[/]  {condition(function)}  revision {function['revision']}")
-    console.print(f"  {spec['format']}, entry {spec['entry']}, artifact sha256 {spec['artifact']['sha256']}")
+    model_format = spec["format"].replace("_", "-")
+    console.print(f"  {model_format}, entry {spec['entry']}, artifact sha256 {spec['artifact']['sha256']}")
     for kind in ("inputs", "outputs"):
         for tensor in spec[kind]:
             console.print(f"  {kind[:-1]} {tensor['name']}: {tensor['datatype']} {tensor['shape']}", markup=False)

@@ -46,7 +46,8 @@ def set_command(target: Target, name: str) -> None:
 def advise_command(target: Target, function: str, on: bool) -> None:
     """Put FUNCTION into advisory mode: the policy decides and shows (`hasgpu explain`), and does nothing.
 
-    Its instances and shares stay as they are; `hasgpu scale` changes them. The same as `advisory: true` in its YAML.
+    Its instances and shares stay as they are; `hasgpu scale` changes them. Only the instances that its `min` asks for
+    are started where they are missing. The same as `advisory: true` in its YAML.
     """
     run(functions.update_function(target, function, advisory=on))
     state = "is decided for and left as it is" if on else "follows the policy again"

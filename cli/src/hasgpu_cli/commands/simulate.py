@@ -46,6 +46,7 @@ cost. `docs/simulate.md` says more, also of SPEC.yaml.
 @click.option("--seconds", type=float, help="Only the first so many of each trace.")
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn.")
 @click.option("--lend/--no-lend", default=True, show_default=True, help="Idle time of a row is lent and paid for.")
+@click.option("--moves/--no-moves", default=False, show_default=True, help="The scheduler moves instances.")
 @click.option("--recording", type=click.Path(path_type=Path), help="Replay a recording (`hasgpu recording export`).")
 @click.option("--gpu-memory-mib", type=int, help="Of each GPU [the profile's, else 16384].")
 @click.option("--memory-mib", default=512, show_default=True, type=int, help="Of each instance.")
@@ -116,6 +117,7 @@ def _settings(chosen: SimulateOptions, settings: Any) -> dict[str, Any]:
         "cold_start_s": settings.cold_start_s,
         "physics": settings.physics.value,
         "lend": settings.lend,
+        "moves": settings.moves,
         "arrivals": chosen.arrivals,
         "rate_scale": chosen.rate_scale,
         "seed": chosen.seed,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from hasgpu_cli import up
 from hasgpu_cli.client import Target
 from hasgpu_cli.home import Home, RunRecord
 from hasgpu_cli.options import json_option, make_console, print_json, run, target_options
-from hasgpu_cli.stack import DEVICES
+from hasgpu_cli.stack import DEFAULT_GATEWAY_PORT, DEVICES
 
 
 @click.command("up")
@@ -38,7 +40,14 @@ from hasgpu_cli.stack import DEVICES
 @click.option("--nats-url", default="", metavar="URL", help="Use this NATS (JetStream on) instead of starting one.")
 @click.option("--redis-url", default="", metavar="URL", help="Use this Redis instead of starting one.")
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
-@click.option("--timeout", "within_s", default=up.READY_WITHIN_S, show_default=True, help="Seconds to get ready in.")
+@click.option(
+    "--timeout",
+    "within_s",
+    default=up.READY_WITHIN_S,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="Seconds to get ready in.",
+)
 @click.option("--foreground", is_flag=True, help="Stay, and stop everything on Ctrl-C.")
 @json_option
 @target_options()
@@ -50,17 +59,28 @@ def up_command(target: Target, within_s: float, foreground: bool, as_json: bool,
     home = target.home
     if (record := up.running(home)) is not None:
         _print_endpoints(home, record, as_json, already=True)
+        if given := _given(options):
+            click.echo(f"it runs as it was started; {', '.join(given)} would count after `hasgpu down`", err=True)
         return
     supervisor = up.start(home, up.stack_from_options(**options), foreground=foreground)
     try:
         record = _wait(home, supervisor, within_s, quiet=as_json)
     except (up.StartError, KeyboardInterrupt):
+        supervisor.terminate()  # it may not have said yet that it runs, and nobody else would find it then
         up.stop(home)
         supervisor.wait()
         raise
     _print_endpoints(home, record, as_json)
+    if not options["port"] and not record.address("gateway").endswith(f":{DEFAULT_GATEWAY_PORT}"):
+        click.echo(f"port {DEFAULT_GATEWAY_PORT} is taken, so the gateway has another; --port chooses one", err=True)
     if foreground:
         _stay(supervisor)
+
+
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Which of the options were typed."""
+    source = click.get_current_context().get_parameter_source
+    return [f"--{name.replace('_', '-')}" for name in options if source(name) is ParameterSource.COMMANDLINE]
 
 
 def _wait(home: Home, supervisor: subprocess.Popen[bytes], within_s: float, *, quiet: bool) -> RunRecord:

@@ -11,12 +11,16 @@ from hasgpu_core.errors import HasgpuError
 
 from hasgpu_cli.client import Target
 from hasgpu_cli.commands.functions import device_share
-from hasgpu_cli.options import json_option, print_json, run, target_options
+from hasgpu_cli.options import json_option, make_console, print_json, run, target_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 BAR_CELLS = 20
+WIDE_COLUMNS = 120
+"""A terminal of so many columns has room for bars, and for reasons beside the figures."""
 
 
 @click.command("top")
@@ -56,18 +60,28 @@ async def _watch(target: Target, period_s: float, count: int | None) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    console = make_console()
     before: dict[str, tuple[float, int]] = {}
     shown = 0
-    with Live(Text("asking"), auto_refresh=False) as live:
+    shows: RenderableType
+    with Live(Text("asking"), console=console, auto_refresh=False, transient=not console.is_terminal) as live:
         async with target.session():
-            while count is None or shown < count:
+            while True:
                 try:
                     rows = await snapshot(target)
                     devices = await _devices(target)
-                    live.update(_table(rows, _busy(rows, before), devices), refresh=True)
+                    shows = _table(rows, _busy(rows, before), devices, console.width)
                 except HasgpuError as error:
-                    live.update(Text(str(error), style="red"), refresh=True)
+                    if not shown:
+                        raise  # nothing is up, or the address is wrong; later it may be a restart
+                    shows = Text(str(error), style="red")
+                if console.is_terminal:
+                    live.update(shows, refresh=True)
+                else:
+                    console.print(shows)
                 shown += 1
+                if shown == count:
+                    return
                 await asyncio.sleep(period_s)
 
 
@@ -96,30 +110,52 @@ def _busy(rows: list[dict[str, Any]], before: dict[str, tuple[float, int]]) -> d
     return busy
 
 
-def _table(rows: list[dict[str, Any]], busy: dict[str, float], devices: list[dict[str, Any]]) -> RenderableType:
+def _table(
+    rows: list[dict[str, Any]], busy: dict[str, float], devices: list[dict[str, Any]], width: int
+) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from hasgpu_cli.devices import device_table
 
-    table = Table("function", "state", "share of a device", "req/s", "capacity", "queue", "p95 / SLO ms", "last reason")
-    details = Table("instance", "state", "where", "SM", "time", "up to", "busy", "batches", box=None)
+    wide = width >= WIDE_COLUMNS
+    columns = ("function", "state", "share of a device", "req/s", "capacity", "queue", "p95 / SLO ms")
+    table = Table(*columns, *(["last reason"] if wide else []))
     for row in rows:
         function, decision = row["function"], row["decision"]
         share = device_share(function)
         cells = min(BAR_CELLS, round(share * BAR_CELLS))
+        bar = f"{'█' * cells}{'░' * (BAR_CELLS - cells)} " if wide else ""
         table.add_row(
             row["name"],
             Text(function["condition"]),
-            f"{'█' * cells}{'░' * (BAR_CELLS - cells)} {100 * share:3.0f} %",
+            f"{bar}{100 * share:3.0f} %",
             f"{decision['observed_rps']:.1f}" if decision else "-",
             f"{decision['capacity_rps']:.1f}" if decision else "-",
             str(function["queued_count"]),
             f"{(decision and decision['p95_ms']) or '-'} / {function['spec']['slo_ms']}",
-            Text(decision["reason"] if decision else "", overflow="ellipsis", no_wrap=True),
+            *([_line(decision["reason"] if decision else "")] if wide else []),
         )
-        for instance in function["instances"]:
+    parts: list[RenderableType] = [table]
+    if not wide:
+        parts += [_line(f"{row['name']}: {row['decision']['reason']}") for row in rows if row["decision"]]
+    parts.append(_instances(rows, busy))
+    return Group(*parts, device_table(devices)) if devices else Group(*parts)
+
+
+def _line(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, overflow="ellipsis", no_wrap=True)
+
+
+def _instances(rows: list[dict[str, Any]], busy: dict[str, float]) -> Table:
+    from rich.table import Table
+
+    details = Table("instance", "state", "where", "SM", "time", "up to", "busy", "batches", box=None)
+    for row in rows:
+        for instance in row["function"]["instances"]:
             allocation = instance["allocation"] or {"sm_pct": 0, "request_permille": 0, "limit_permille": 0}
             used = busy.get(instance["instance"])
             details.add_row(
@@ -132,4 +168,4 @@ def _table(rows: list[dict[str, Any]], busy: dict[str, float], devices: list[dic
                 "-" if used is None else f"{100 * used:.0f} %",
                 str(instance["batches_count"]),
             )
-    return Group(table, details, device_table(devices)) if devices else Group(table, details)
+    return details

@@ -115,7 +115,8 @@ def profile_models(path: Path) -> list[str]:
             )
         return sorted(Profile.parse(text).header.models)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise InvalidError(f"--profile {path}", expected="a profile", got=str(error)) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise InvalidError(f"--profile {path}", expected="a profile", got=why) from error
 
 
 def load_models(paths: Sequence[Path], models: Sequence[str]) -> dict[str, Surface]:

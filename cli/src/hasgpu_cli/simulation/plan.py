@@ -47,6 +47,7 @@ class SimulateOptions:
     gpu_memory_mib: int | None
     memory_mib: int
     min_instances: int
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ def _settings(options: SimulateOptions, paths: Sequence[Path]) -> Settings:
         cold_start_s=DEFAULT_COLD_START_S if options.cold_start_s is None else options.cold_start_s,
         physics=Physics(options.physics),
         lend=options.lend,
+        moves=options.moves,
         min_instances=options.min_instances,
         seed=options.seed,
     )

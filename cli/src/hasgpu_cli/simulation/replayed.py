@@ -35,6 +35,7 @@ def plan_recording(options: SimulateOptions, path: Path, policies: tuple[str, ..
         cold_start_s=DEFAULT_COLD_START_S if cold_s is None else cold_s,
         physics=Physics(options.physics),
         lend=options.lend,
+        moves=options.moves,
         tick_s=1.0 if len(found.functions) > SPARSE_ABOVE else 0.1,
         seed=options.seed,
     )
