@@ -1,22 +1,32 @@
 """What tracing costs, and whether traces are whole.
 
-    python bench/tracing.py [--rounds 12] [--duration-s 3] [--output bench/results/cpu/tracing.json]
+    python bench/tracing.py [--blocks 16] [--rounds 15] [--requests 200] [--ratio 0.01]
+                            [--output bench/results/cpu/tracing.json]
 
-Runs three systems side by side, each of its own brokers, gateway and worker: one not traced, one that keeps 1 % of its
-traces, one that keeps all. Only one is under load at a time, a closed loop of 16 callers of an echo function; cells are
-measured round by round, in an order that turns with each round, so that what slows the machine for a while slows all
-three. Told are medians over the rounds of what each system does, set against the untraced one in the same round:
+A block starts three systems side by side, each of its own brokers, gateway and worker: one that keeps 1 % of its traces
+(`--ratio`) and two that are not traced. Only one is under load at a time, a closed loop of 16 callers of an echo
+function. A round measures each twice, the second time in the opposite order, so that what gets faster or slower
+steadily meanwhile does so for all three; the order itself turns from round to round. A cell is a number of requests,
+few, so that the cells set against each other lie within a second. A block's figure is the median over its rounds of the
+traced system's value over the mean of the two others'; told are the mean over the blocks and its 95 % confidence
+interval (Student's t), so that what differs from process to process (ports, memory layout, who shares a core) lies
+inside the interval too:
 
-    throughput   requests answered in a second
-    CPU time     of gateway and worker together, per request: what a fuller machine would feel; the steadier figure
+    CPU time     of gateway and worker together (all threads, to the nanosecond, by their processes' clocks), per
+                 request: the main figure, since what else runs on the machine counts for little
+    throughput   requests answered in a second: what CPU time costs callers, and the collector's part too
 
-The untraced system has two cells in every round; their mean is what the others are set against, and what each of them
-differs from it by is the noise: an overhead below that can't be told.
+The second untraced system is held against the first in the same way: an interval that leaves out 0 there says that the
+machine was not fit to measure on. No node agent runs: none is on a request's way.
 
-Then `--traced` requests are sent, each with a sampled trace context of its own, to the system that keeps everything, as
-fast as 16 callers can; the spans that reached the collector are held against the chain that the catalogue expects
-(`hasgpu_runtime.trace_catalogue.REQUEST_CHAIN`). The collector is a process of its own on the same cores: that of
-`../shared/tools/compose-lab` where it is there, else the tests' own.
+Beside that stands what the code of tracing alone takes, by this process's CPU time, the least of many repetitions:
+a request that is not kept (its RPC's span, the gateway's spans), a span that is, and its encoding. It leaves out what
+they do to caches and to the rest of the process, but is told to a tenth of a microsecond on any machine.
+
+Then one block compares a system that keeps every trace, and `--traced` requests are sent to it, each with a sampled
+trace context of its own, as fast as 16 callers can; the spans that reached the collector are held against the chain
+that the catalogue expects (`hasgpu_runtime.trace_catalogue.REQUEST_CHAIN`). The collector is a process of its own on
+the same cores: that of `../shared/tools/compose-lab` where it is there, else the tests' own.
 """
 
 from __future__ import annotations
@@ -32,11 +42,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,21 +54,59 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from gateway import METHOD, UNBOUNDED, announce, deploy, free_address, prepare_worker, request_of, worker_address
+from gateway import (
+    FUNCTION,
+    METHOD,
+    UNBOUNDED,
+    announce,
+    deploy,
+    free_address,
+    prepare_worker,
+    request_of,
+    worker_address,
+)
+from hasgpu_core.events import InstanceEvent
+from hasgpu_core.resources import Allocation, InstanceState
+from hasgpu_gateway.calls import BatchAnswer
+from hasgpu_gateway.tracing import trace_batch, trace_request
 from hasgpu_runtime.brokers import NatsServer, RedisServer
+from hasgpu_runtime.rpc import wrap_handler
+from hasgpu_runtime.sampling import Sampler
+from hasgpu_runtime.telemetry import Telemetry
 from hasgpu_runtime.trace_catalogue import REQUEST_CHAIN, SeenSpan, chain_faults
+from hasgpu_runtime.tracer import ExportingTelemetry
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_SINK = ROOT.parent / "shared" / "tools" / "compose-lab" / "otlp_sink.py"
-SAMPLERS = {"off": "", "1 %": "0.01", "100 %": "1"}
-CELLS = ("off", "1 %", "100 %", "off again")
+OFF, AGAIN, TRACED = "off", "off again", "traced"
 CALLERS = 16
 SIZE_BYTES = 64
-WARM_UP_S = 0.5
+INSTANCE = InstanceEvent(
+    function=FUNCTION,
+    instance=f"{FUNCTION}-0",
+    node="bench",
+    gpu="cpu0",
+    row=0,
+    state=InstanceState.READY,
+    reason="",
+    address="127.0.0.1:50001",
+    allocation=Allocation(sm_pct=100, request_permille=1000, limit_permille=1000, memory_bytes=1 << 30),
+    allocation_revision=1,
+    function_revision=1,
+    device_model="cpu-2c",
+    plan_revision=1,
+)
+WARM_UP_COUNT = 2_000
+"""Requests before a system's first cell."""
+AWAKE_COUNT = 32
+"""Requests before each cell."""
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+"""Student's t for a two-sided interval of 95 %, by degrees of freedom from 1; 2.1 beyond."""
 SETTLE_S = 20.0
 """How long the last spans may take to the collector."""
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -71,12 +118,8 @@ class Stack:
     gateway_log: Path
 
     def cpu_s(self) -> float:
-        """CPU time of gateway and worker so far."""
-        total = 0
-        for pid in self.pids:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
-        return total / TICKS_PER_S
+        """CPU time of gateway and worker so far, by the clocks of their processes (see clock_getcpuclockid(3))."""
+        return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in self.pids) / 1e9
 
 
 # The collector, in a process of its own
@@ -190,78 +233,200 @@ def stack(folder: Path, ratio: str, otlp_address: str) -> Iterator[Stack]:
 # The load
 
 
-async def drive(address: str, duration_s: float, trace_ids: Sequence[str] = ()) -> dict[str, float]:
-    """Runs closed loops for a time, or until each trace id has gone with one request."""
+async def drive(channel: grpc.aio.Channel, count: int, trace_ids: Sequence[str] = ()) -> None:
+    """Runs closed loops until so many requests are answered, or each trace id has gone with one."""
     wire_request = request_of(SIZE_BYTES).SerializeToString()
-    left = list(trace_ids)
-    counts = {"all": 0, "timed": 0}
-    async with grpc.aio.insecure_channel(address, options=UNBOUNDED) as channel:
-        call: Any = channel.unary_unary(METHOD)
-        await call(wire_request, timeout=60, wait_for_ready=True)
-        begin_s = time.perf_counter() + WARM_UP_S
-        end_s = begin_s + duration_s
+    left = list(trace_ids) or [""] * count
+    call: Any = channel.unary_unary(METHOD)
 
-        async def caller() -> None:
-            while left if trace_ids else time.perf_counter() < end_s:
-                metadata = (("traceparent", f"00-{left.pop()}-{secrets.token_hex(8)}-01"),) if trace_ids else None
-                await call(wire_request, timeout=60, metadata=metadata)
-                counts["all"] += 1
-                counts["timed"] += begin_s <= time.perf_counter() <= end_s
+    async def caller() -> None:
+        while left:
+            trace_id = left.pop()
+            metadata = (("traceparent", f"00-{trace_id}-{secrets.token_hex(8)}-01"),) if trace_id else None
+            await call(wire_request, timeout=60, metadata=metadata, wait_for_ready=True)
 
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
-    return {"rps": counts["timed"] / duration_s, "requests_count": counts["all"] + 1}
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
 
 
-def cell(measured: Stack, duration_s: float) -> dict[str, float]:
-    """Loads a system from a process of its own; returns throughput and CPU time."""
-    before_s = measured.cpu_s()
-    arguments = [sys.executable, __file__, "--role", "load", "--address", measured.address]
-    done = subprocess.run(
-        [*arguments, "--duration-s", str(duration_s)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=duration_s + 120,
-    )
-    found = json.loads(done.stdout)
-    cpu_us = (measured.cpu_s() - before_s) * 1e6 / found["requests_count"]
-    return {"rps": round(found["rps"], 1), "cpu_us_per_request": round(cpu_us, 1)}
+async def cell(measured: Stack, channel: grpc.aio.Channel, count: int) -> Figures:
+    """Loads a system with so many requests."""
+    await drive(channel, AWAKE_COUNT)
+    before_s, began_s = measured.cpu_s(), time.perf_counter()
+    await drive(channel, count)
+    took_s, cpu_s = time.perf_counter() - began_s, measured.cpu_s() - before_s
+    return Figures(cpu_us=cpu_s * 1e6 / count, rps=count / took_s)
+
+
+async def block(stacks: Mapping[str, Stack], rounds_count: int, count: int) -> list[Row]:
+    """Measures the systems in turn; returns for each round the mean of a system's two cells."""
+    rows: list[Row] = []
+    async with contextlib.AsyncExitStack() as open_channels:
+        channels = {}
+        for name, measured in stacks.items():
+            channel = grpc.aio.insecure_channel(measured.address, options=UNBOUNDED)
+            channels[name] = await open_channels.enter_async_context(channel)
+            await drive(channels[name], WARM_UP_COUNT)
+        for number in range(rounds_count):
+            turn = number % len(stacks)
+            order = [*list(stacks)[turn:], *list(stacks)[:turn]]
+            cells: dict[str, list[Figures]] = {name: [] for name in stacks}
+            for name in [*order, *reversed(order)]:
+                cells[name].append(await cell(stacks[name], channels[name], count))
+            rows.append({name: Figures.mean(found) for name, found in cells.items()})
+    for name in stacks:
+        shown = Figures.median([row[name] for row in rows])
+        print(f"  {name:>12} {shown.cpu_us:7.1f} µs CPU a request, {shown.rps:7.1f} requests/s", flush=True)
+    return rows
+
+
+# The code alone
+
+
+class _Nowhere(SpanProcessor):
+    """Keeps the spans of the newest repetition."""
+
+    def __init__(self) -> None:
+        self.spans: list[ReadableSpan] = []
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.spans.append(span)
+
+
+class _Context:
+    """As much of a call's context as tracing looks at."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("user-agent", "grpc-python-asyncio/1.85.1"),)
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:50000"
+
+
+def least_us(work: Callable[[int], None], count: int = 2_000, repetitions: int = 40) -> float:
+    """Returns the CPU time of one of `count` pieces of work, in the fastest of some repetitions."""
+    taken_s = []
+    for _ in range(repetitions):
+        began_s = time.process_time()
+        work(count)
+        taken_s.append(time.process_time() - began_s)
+    return round(min(taken_s) / count * 1e6, 2)
+
+
+def request_work(telemetry: Telemetry) -> Callable[[int], None]:
+    """Returns what runs the tracing of so many requests that are batched singly."""
+
+    async def behavior(request: Any, context: Any) -> Any:
+        trace = trace_request(telemetry, FUNCTION)
+        trace.queued()
+        trace.dispatched()
+        trace_batch(telemetry, [trace], instance=INSTANCE, rows=1, predicted_s=0.001).ended(BatchAnswer(1, ()))
+        trace.ended("")
+        return request
+
+    plain: Any = grpc.unary_unary_rpc_method_handler(behavior)
+    call: Any = wrap_handler(plain, METHOD, telemetry if telemetry.enabled else None).unary_unary
+    context = _Context()
+
+    async def requests(count: int) -> None:
+        for _ in range(count):
+            await call(None, context)
+
+    return lambda count: asyncio.run(requests(count))
+
+
+def code_costs() -> dict[str, float]:
+    """Returns what tracing takes in the gateway's code, per request, and per span."""
+    nowhere = _Nowhere()
+
+    def kept(count: int) -> None:
+        nowhere.spans.clear()
+        request_work(ExportingTelemetry(nowhere))(count)
+
+    off_us = least_us(request_work(Telemetry()))
+    not_kept_us = least_us(request_work(ExportingTelemetry(nowhere, sampler=Sampler(ratio=0.0))))
+    kept_us = least_us(kept, count=200)
+    spans = nowhere.spans
+
+    def encoded(_: int) -> None:
+        encode_spans(spans).SerializeToString()
+
+    return {
+        "not_kept_us_per_request": round(not_kept_us - off_us, 2),
+        "kept_us_per_span": round((kept_us - off_us) * 200 / len(spans), 2),
+        "encode_us_per_span": least_us(encoded, count=len(spans)),
+    }
 
 
 # The figures
 
 
-def overheads(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Returns, per system, medians, and medians and quartiles of its ratio to the untraced one of the same round."""
-    result: dict[str, dict[str, float]] = {}
+@dataclass(frozen=True)
+class Figures:
+    """What a system did."""
 
-    def to_untraced(row: dict[str, dict[str, float]], name: str, figure: str) -> float:
-        return row[name][figure] / statistics.mean(row[untraced][figure] for untraced in ("off", "off again"))
+    cpu_us: float
+    """Of gateway and worker, per request."""
+    rps: float
 
-    for name in CELLS:
-        rps_ratios = [1 - to_untraced(row, name, "rps") for row in rounds]
-        cpu_ratios = [to_untraced(row, name, "cpu_us_per_request") - 1 for row in rounds]
-        low, _, high = statistics.quantiles(rps_ratios, n=4) if len(rps_ratios) > 1 else (rps_ratios * 3)
-        result[name] = {
-            "rps": statistics.median(row[name]["rps"] for row in rounds),
-            "cpu_us_per_request": statistics.median(row[name]["cpu_us_per_request"] for row in rounds),
-            "throughput_lost_ratio": round(statistics.median(rps_ratios), 4),
-            "throughput_lost_ratio_quartile_low": round(low, 4),
-            "throughput_lost_ratio_quartile_high": round(high, 4),
-            "cpu_added_ratio": round(statistics.median(cpu_ratios), 4),
-        }
-    return result
+    @staticmethod
+    def mean(several: Sequence[Figures]) -> Figures:
+        """Returns the mean of both."""
+        return Figures(statistics.mean(f.cpu_us for f in several), statistics.mean(f.rps for f in several))
+
+    @staticmethod
+    def median(several: Sequence[Figures]) -> Figures:
+        """Returns the median of both."""
+        return Figures(statistics.median(f.cpu_us for f in several), statistics.median(f.rps for f in several))
+
+
+Row = dict[str, Figures]
+
+
+def ratios(rows: Sequence[Row], name: str, base: Sequence[str]) -> Figures:
+    """Returns a system's figures over those of others: medians over a block's rounds."""
+    others = [Figures.mean([row[other] for other in base]) for row in rows]
+    return Figures.median(
+        [
+            Figures(row[name].cpu_us / other.cpu_us, row[name].rps / other.rps)
+            for row, other in zip(rows, others, strict=True)
+        ]
+    )
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the mean over the blocks and its interval; no interval of a single block."""
+    mean = statistics.mean(values)
+    told: dict[str, Any] = {"ratio": round(mean, 5), "by_block": [round(value, 5) for value in values]}
+    if len(values) > 1:
+        degrees = len(values) - 1
+        t = T_95[degrees - 1] if degrees <= len(T_95) else 2.1
+        half = t * statistics.stdev(values) / len(values) ** 0.5
+        told |= {"low": round(mean - half, 5), "high": round(mean + half, 5)}
+    return told
+
+
+def overhead(blocks: Sequence[Sequence[Row]], name: str, base: Sequence[str]) -> dict[str, Any]:
+    """Returns what a system costs beside others: CPU time added, throughput lost, and the medians behind them."""
+    found = [ratios(rows, name, base) for rows in blocks]
+    told: dict[str, Any] = {
+        "cpu_added": estimate([ratio.cpu_us - 1 for ratio in found]),
+        "throughput_lost": estimate([1 - ratio.rps for ratio in found]),
+    }
+    for system in (name, *base):
+        median = Figures.median([row[system] for rows in blocks for row in rows])
+        told[system] = {"cpu_us_per_request": round(median.cpu_us, 1), "rps": round(median.rps, 1)}
+    return told
 
 
 def completeness(traced: Stack, query_port: int, count: int) -> dict[str, Any]:
-    """Sends requests with trace contexts of their own; returns how many of the traces came whole, and what others lack.
-
-    The load comes from a thread of this process, since it needs no timing.
-    """
+    """Sends requests with contexts of their own; returns how many of the traces came whole, and what others lack."""
     ids = [secrets.token_hex(16) for _ in range(count)]
-    sender = threading.Thread(target=lambda: asyncio.run(drive(traced.address, 1.0, ids)))
-    sender.start()
-    sender.join()
+
+    async def send() -> None:
+        async with grpc.aio.insecure_channel(traced.address, options=UNBOUNDED) as channel:
+            await drive(channel, count, ids)
+
+    asyncio.run(send())
     end_s = time.monotonic() + SETTLE_S
     while True:
         seen = traces_of(query_port)
@@ -278,74 +443,89 @@ def completeness(traced: Stack, query_port: int, count: int) -> dict[str, Any]:
     }
 
 
-def measure(rounds_count: int, duration_s: float, traced_count: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all; returns the report."""
-    cores = len(os.sched_getaffinity(0))
     otlp_address, query_address = free_address(), free_address()
     query_port = int(query_address.rpartition(":")[2])
-    rounds: list[dict[str, dict[str, float]]] = []
-    with tempfile.TemporaryDirectory(prefix="hasgpu-bench-") as scratch, contextlib.ExitStack() as systems:
+    blocks: list[list[Row]] = []
+    code = code_costs()
+    with tempfile.TemporaryDirectory(prefix="hasgpu-bench-") as scratch, contextlib.ExitStack() as collector:
         folder = Path(scratch)
         sink = [__file__, "--role", "sink", "--address", otlp_address, "--query-port", str(query_port)]
-        systems.enter_context(process(sink, folder / "sink.log", {}))
-        stacks = {
-            name: systems.enter_context(stack(folder / f"stack{number}", ratio, otlp_address))
-            for number, (name, ratio) in enumerate(SAMPLERS.items())
-        }
-        print(f"{'round':>5} " + "".join(f"{name + ' rps':>14}{'CPU µs':>9}" for name in CELLS))
-        for number in range(rounds_count):
-            turned = [*CELLS[number % len(CELLS) :], *CELLS[: number % len(CELLS)]]
-            row = {name: cell(stacks[name.removesuffix(" again")], duration_s) for name in turned}
-            rounds.append(row)
-            values = "".join(f"{row[name]['rps']:>14.1f}{row[name]['cpu_us_per_request']:>9.1f}" for name in CELLS)
-            print(f"{number:>5} {values}", flush=True)
-        whole = completeness(stacks["100 %"], query_port, traced_count)
-        gateway_log = stacks["100 %"].gateway_log
+        collector.enter_context(process(sink, folder / "sink.log", {}))
+
+        @contextlib.contextmanager
+        def systems(label: str, ratios: Mapping[str, str]) -> Iterator[dict[str, Stack]]:
+            with contextlib.ExitStack() as running:
+                yield {
+                    name: running.enter_context(stack(folder / f"{label}-{number}", ratio, otlp_address))
+                    for number, (name, ratio) in enumerate(ratios.items())
+                }
+
+        for number in range(options.blocks):
+            print(f"block {number}", flush=True)
+            with systems(f"block{number}", {OFF: "", TRACED: str(options.ratio), AGAIN: ""}) as stacks:
+                blocks.append(asyncio.run(block(stacks, options.rounds, options.requests)))
+        print("every trace kept", flush=True)
+        with systems("all", {OFF: "", TRACED: "1"}) as stacks:
+            full = asyncio.run(block(stacks, options.rounds, options.requests))
+            whole = completeness(stacks[TRACED], query_port, options.traced)
+            gateway_log = stacks[TRACED].gateway_log
         # The gateway tells at its end what it had to drop.
-        systems.close()
         dropped = [line for line in gateway_log.read_text().splitlines() if "spans" in line and "traces go" not in line]
     return {
-        "device": f"cpu-{cores}c",
-        "duration_s": duration_s,
+        "device": f"cpu-{len(os.sched_getaffinity(0))}c",
         "callers_count": CALLERS,
+        "requests_by_cell_count": options.requests,
+        "rounds_by_block_count": options.rounds,
         "sink": "../shared/tools/compose-lab" if SHARED_SINK.exists() else "tests/support",
-        "systems": overheads(rounds),
+        f"kept {options.ratio:g}": overhead(blocks, TRACED, (OFF, AGAIN)),
+        "kept 1": overhead([full], TRACED, (OFF,)),
+        "untraced against untraced": overhead(blocks, AGAIN, (OFF,)),
+        "code": code,
         "traces": whole,
         "told_of_lost_spans": dropped,
-        "rounds": rounds,
     }
 
 
-def main() -> None:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--duration-s", type=float, default=3.0, help="of each cell, after a warm-up of half a second")
-    parser.add_argument("--traced", type=int, default=1000, help="requests whose traces are checked")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu" / "tracing.json")
-    parser.add_argument("--role", choices=("bench", "load", "sink"), default="bench", help=argparse.SUPPRESS)
-    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--query-port", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.role == "load":
-        print(json.dumps(asyncio.run(drive(options.address, options.duration_s))))
-        return
-    if options.role == "sink":
-        serve_sink(options.address, options.query_port)
-        return
-    report = measure(options.rounds, options.duration_s, options.traced)
-    for name, figures in report["systems"].items():
-        print(
-            f"{name:>10}: {figures['rps']:.1f} rps, {figures['cpu_us_per_request']:.1f} µs CPU a request; "
-            f"throughput lost {figures['throughput_lost_ratio']:+.1%} "
-            f"(quartiles {figures['throughput_lost_ratio_quartile_low']:+.1%} to "
-            f"{figures['throughput_lost_ratio_quartile_high']:+.1%}), CPU added {figures['cpu_added_ratio']:+.1%}"
-        )
+def tell(report: Mapping[str, Any]) -> None:
+    """Prints the figures."""
+    for title, found in report.items():
+        if isinstance(found, dict) and "cpu_added" in found:
+            line = f"{title:>26}:"
+            for figure, words in (("cpu_added", "CPU time"), ("throughput_lost", "throughput")):
+                sign = 1 if figure == "cpu_added" else -1
+                shown = [sign * found[figure][key] for key in ("ratio", "low", "high") if key in found[figure]]
+                line += f"  {words} {shown[0]:+.2%}"
+                if len(shown) > 1:
+                    line += f" (95 %: {min(shown[1:]):+.2%} to {max(shown[1:]):+.2%})"
+            print(line)
+    print(f"{'the code alone':>26}:  " + ", ".join(f"{name} {value}" for name, value in report["code"].items()))
     print(f"whole traces: {report['traces']['whole_count']} of {report['traces']['requests_count']}")
     for lacking, count in report["traces"]["lacking"].items():
         print(f"  {count}: {lacking}")
     for line in report["told_of_lost_spans"]:
         print(f"  {line}")
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=16, help="each with processes of its own")
+    parser.add_argument("--rounds", type=int, default=15, help="in a block")
+    parser.add_argument("--requests", type=int, default=200, help="in a cell")
+    parser.add_argument("--ratio", type=float, default=0.01, help="of the traces that are kept")
+    parser.add_argument("--traced", type=int, default=1000, help="requests whose traces are checked")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu" / "tracing.json")
+    parser.add_argument("--role", choices=("bench", "sink"), default="bench", help=argparse.SUPPRESS)
+    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--query-port", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role == "sink":
+        serve_sink(options.address, options.query_port)
+        return
+    report = measure(options)
+    tell(report)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"written to {options.output}")
