@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from hasgpu_system import FUNCTIONS, SteadyLoad, System, eventually
+from hasgpu_system import SteadyLoad, System, eventually, running_system
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -20,13 +20,8 @@ NOTICED_WITHIN_S = 30
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    running = System(tmp_path_factory.mktemp("home"))
-    try:
-        running.up()
-        running.cli("deploy", str(FUNCTIONS / "tricky" / "function.yaml"), "--wait")
+    with running_system(tmp_path_factory.mktemp("home"), function="tricky") as running:
         yield running
-    finally:
-        running.down()
 
 
 def whole(system: System) -> bool:
@@ -78,7 +73,7 @@ def test_kill_a_service(system: System, service: str) -> None:
 
 def test_kill_a_worker(system: System) -> None:
     wait_until_whole(system, time.monotonic())
-    before = system.instances("tricky")[0]
+    before = system.serving("tricky")[0]
     with SteadyLoad(system, "tricky", period_s=0.05, timeout_s=25) as load:
         time.sleep(1)
         killed_s = time.monotonic()
@@ -99,13 +94,10 @@ def test_kill_a_worker(system: System) -> None:
 
 
 def test_down_leaves_nothing_running(tmp_path: object, tmp_path_factory: pytest.TempPathFactory) -> None:
-    running = System(tmp_path_factory.mktemp("home"))
-    running.up()
-    running.cli("deploy", str(FUNCTIONS / "tricky" / "function.yaml"), "--wait")
-    pids = [int(unit["pid"]) for unit in running.units()]
-    pids += [int(i["pid"]) for i in running.instances("tricky")]
-    assert len(pids) >= 6
-    running.down()
+    with running_system(tmp_path_factory.mktemp("home"), function="tricky") as running:
+        pids = [int(unit["pid"]) for unit in running.units()]
+        pids += [int(i["pid"]) for i in running.instances("tricky")]
+        assert len(pids) >= 6
 
     def gone() -> bool:
         return not [

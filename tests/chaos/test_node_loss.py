@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hasgpu_system import FUNCTIONS, SteadyLoad, System, eventually
+from hasgpu_system import SteadyLoad, System, eventually, running_system
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -57,16 +57,12 @@ def agent_pid(system: System, node: str) -> int:
 
 @pytest.fixture
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    running = System(tmp_path_factory.mktemp("home"))
-    try:
-        running.up("--nodes", "2")
-        running.cli("deploy", str(FUNCTIONS / "tricky" / "function.yaml"), "--wait")
+    with running_system(tmp_path_factory.mktemp("home"), "--nodes", "2", function="tricky") as running:
         yield running
-    finally:
-        running.down()
 
 
 def test_a_lost_nodes_instance_moves_and_is_not_kept_twice(system: System) -> None:
+    system.hold("tricky", 1, for_s=300)
     (before,) = ready(system)
     old_pid, agent = int(before["pid"]), agent_pid(system, before["node"])
     with SteadyLoad(system, "tricky", period_s=0.1, timeout_s=20) as load:
@@ -106,7 +102,7 @@ def test_a_lost_nodes_instance_moves_and_is_not_kept_twice(system: System) -> No
 
 
 def test_down_ends_stopped_processes(system: System) -> None:
-    (instance,) = ready(system)
+    instance = ready(system)[0]
     pids = [int(unit["pid"]) for unit in system.units()]
     pids.append(int(instance["pid"]))
     assert len(pids) >= 7

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from hasgpu_system import FUNCTIONS, System, eventually
+from hasgpu_system import FUNCTIONS, System, eventually, running_system
 from otlp_sink import OtlpSink
 
 IDLE_TO_ZERO_S = 3
@@ -24,21 +24,14 @@ def sink() -> Iterator[OtlpSink]:
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory, sink: OtlpSink) -> Iterator[System]:
-    running = System(
-        tmp_path_factory.mktemp("home"),
-        env={
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{sink.port}",
-            "OTEL_EXPORTER_OTLP_INSECURE": "true",
-            "HASGPU_SCALER_IDLE_TO_ZERO_S": str(IDLE_TO_ZERO_S),
-            "HASGPU_SCALER_RETIRE_S": str(RETIRE_S),
-        },
-    )
-    try:
-        running.up()
-        running.cli("deploy", str(FUNCTIONS / "tricky" / "function.yaml"), "--wait")
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{sink.port}",
+        "OTEL_EXPORTER_OTLP_INSECURE": "true",
+        "HASGPU_SCALER_IDLE_TO_ZERO_S": str(IDLE_TO_ZERO_S),
+        "HASGPU_SCALER_RETIRE_S": str(RETIRE_S),
+    }
+    with running_system(tmp_path_factory.mktemp("home"), env=env, function="tricky") as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="session")

@@ -7,41 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 from hasgpu.inference.v2 import inference_pb2 as oip
-from hasgpu_system import System
+from hasgpu_system import System, emulated_function, running_system
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-FUNCTION = """
-name: vision
-format: python
-path: .
-entry: handler.py
-inputs:
-  - {name: x, datatype: FP32, shape: [-1, 4]}
-outputs:
-  - {name: y, datatype: FP32, shape: [-1, 3]}
-slo_ms: 500
-max_batch: 4
-memory_mib: 1024
-instances: {min: 2, max: 2}
-parameters: {hasgpu.emulate: MODEL}
-"""
-
-
-def write_function(folder: pathlib.Path, model: str) -> str:
-    (folder / "function.yaml").write_text(FUNCTION.replace("MODEL", model))
-    (folder / "handler.py").write_text("raise RuntimeError('the handler of an emulated function does not run')\n")
-    return str(folder / "function.yaml")
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    running = System(tmp_path_factory.mktemp("home"))
-    try:
-        running.up("--device", "emulated", "--gpus", "2")
+    with running_system(tmp_path_factory.mktemp("home"), "--device", "emulated", "--gpus", "2") as running:
         yield running
-    finally:
-        running.down()
 
 
 def test_a_function_is_served_and_everything_says_that_it_is_emulated(emulated: System, tmp_path: pathlib.Path) -> None:
@@ -53,7 +27,7 @@ def test_a_function_is_served_and_everything_says_that_it_is_emulated(emulated: 
         assert device["model"].startswith("emulated-")
         assert device["capabilities"][0].startswith("emulated: ")
 
-    emulated.cli("deploy", write_function(tmp_path, "resnet50"), "--wait")
+    emulated.cli("deploy", emulated_function(tmp_path, "resnet50"), "--wait")
     answer = emulated.json("infer", "vision", "--input", "x=[[1,2,3,4],[1,2,3,4]]")
     assert answer["emulated"]
     first, second = answer["outputs"][0]["data"]
@@ -77,10 +51,30 @@ def test_a_function_is_served_and_everything_says_that_it_is_emulated(emulated: 
 
 
 def test_a_function_that_the_profile_lacks_fails_with_what_it_has(emulated: System, tmp_path: pathlib.Path) -> None:
-    path = write_function(tmp_path, "unheard-of")
+    path = emulated_function(tmp_path, "unheard-of")
     text = pathlib.Path(path).read_text().replace("name: vision", "name: other").replace("min: 2", "min: 1")
     pathlib.Path(path).write_text(text)
     done = emulated.cli("deploy", path, "--wait", "--timeout", "60", check=False)
     assert done.returncode == 1
     assert "no model 'unheard-of'" in done.stderr
     assert "resnet50" in done.stderr
+
+
+def test_a_function_in_advisory_mode_serves_with_its_minimum(emulated: System, tmp_path: pathlib.Path) -> None:
+    text = pathlib.Path(emulated_function(tmp_path, "resnet18")).read_text().replace("name: vision", "name: advised")
+    path = tmp_path / "function.yaml"
+    path.write_text(text.replace("{min: 2, max: 2}", "{min: 1, max: 2}") + "advisory: true\n")
+    told = emulated.cli("deploy", str(path), "--wait").stdout
+    assert "advisory mode: its minimum of 1 is kept" in told
+    assert emulated.json("infer", "advised", "--input", "x=[[1,2,3,4]]")["emulated"]
+    emulated.cli("scale", "advised", "--instances", "2", "--hold", "1")
+    emulated.cli("delete", "advised")
+
+    text = text.replace("name: advised", "name: quiet").replace("{min: 2, max: 2}", "{min: 0, max: 2}")
+    path.write_text(text + "advisory: true\n")
+    told = emulated.cli("deploy", str(path), "--wait").stdout
+    assert "`hasgpu scale quiet --instances 1` starts an instance" in told
+    assert emulated.instances("quiet") == []
+    emulated.cli("scale", "quiet", "--instances", "1")
+    assert emulated.json("infer", "quiet", "--input", "x=[[1,2,3,4]]")["emulated"]
+    emulated.cli("delete", "quiet")

@@ -11,25 +11,9 @@ from typing import Any
 import grpc
 import pytest
 from hasgpu.node_agent.v1 import node_agent_pb2, node_agent_pb2_grpc
-from hasgpu_system import System, eventually
+from hasgpu_system import System, emulated_function, eventually, running_system
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-FUNCTION = """
-name: vision
-format: python
-path: .
-entry: handler.py
-inputs:
-  - {name: x, datatype: FP32, shape: [-1, 4]}
-outputs:
-  - {name: y, datatype: FP32, shape: [-1, 3]}
-slo_ms: 5000
-max_batch: 4
-memory_mib: 1024
-instances: {min: 2, max: 2}
-parameters: {hasgpu.emulate: resnet50}
-"""
 
 
 def places(system: System) -> set[str]:
@@ -39,14 +23,9 @@ def places(system: System) -> set[str]:
 
 def test_a_node_is_emptied_while_it_serves(tmp_path: pathlib.Path) -> None:
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "function.yaml").write_text(FUNCTION)
-    (tmp_path / "f" / "handler.py").write_text(
-        "raise RuntimeError('the handler of an emulated function does not run')\n"
-    )
-    system = System(tmp_path / "home")
-    try:
-        system.up("--device", "emulated", "--nodes", "2")
-        system.cli("deploy", str(tmp_path / "f" / "function.yaml"), "--wait")
+    path = emulated_function(tmp_path / "f", "resnet50", slo_ms=5_000)
+    with running_system(tmp_path / "home", "--device", "emulated", "--nodes", "2") as system:
+        system.cli("deploy", path, "--wait")
         system.cli("scale", "vision", "--quota", "30", "--instances", "2", "--hold", "200")
         (before,) = places(system)
         cluster = system.json("status")["cluster"]
@@ -67,8 +46,6 @@ def test_a_node_is_emptied_while_it_serves(tmp_path: pathlib.Path) -> None:
         eventually(lambda: not node(system, before)["devices"][0]["instances"], within_s=60)
         lines = system.cli("whatif", "--lose-node", before).stdout.splitlines()
         assert lines[0] == "nothing would move"
-    finally:
-        system.down()
 
 
 def node(system: System, name: str) -> Any:

@@ -237,6 +237,50 @@ async def test_live_and_simulated_decisions_are_equal(policy: str, scenario: Sce
         assert mine == theirs, f"tick {index}"
 
 
+class Switching:
+    """One policy until a time, another without its memory from then on: what `hasgpu policy set` does."""
+
+    def __init__(self, first: ScalingPolicy, second: ScalingPolicy) -> None:
+        self._policies = [first, second]
+
+    @property
+    def name(self) -> str:
+        return self._policies[0].name
+
+    def decide(self, snapshot, state: PolicyState, now_s: float) -> tuple[tuple[Decision, ...], PolicyState]:
+        if now_s >= SWITCH_S and len(self._policies) > 1:
+            del self._policies[0]
+            state = PolicyState()
+        return self._policies[0].decide(snapshot, state, now_s)
+
+
+SWITCH_S = 45.0
+
+
+@pytest.mark.parametrize("second", LIVE_POLICIES)
+async def test_a_change_of_the_policy_is_the_same_live_and_simulated(second: str) -> None:
+    first = "kserve" if second == "hybrid" else "hybrid"
+    policy = Switching(make(first, STEADY_THEN_BURST), make(second, STEADY_THEN_BURST))
+    load = simulate(STEADY_THEN_BURST, policy).recording
+    clock, live, changed = ManualClock(0.0), Remembering(make(first, STEADY_THEN_BURST)), False
+    async with live_scaler(load, clock, live) as (app, bus):
+        for entry in load.entries:
+            clock.advance(entry.at_s - clock.now_s())
+            if isinstance(entry, RecordedInput):
+                await tell(bus, entry.event)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                continue
+            if entry.at_s >= SWITCH_S and not changed:
+                decided, live = live.decided, Remembering(make(second, STEADY_THEN_BURST))
+                changed, live.decided = True, decided
+                app.core.set_policy(live)
+            await app.run_pass()
+    expected = [tick.decisions for tick in load.ticks]
+    assert live.decided == expected
+    assert any(d.actions for tick in load.ticks if tick.at_s >= SWITCH_S for d in tick.decisions)
+
+
 async def test_the_mixed_load_exercises_every_kind_of_action() -> None:
     result = simulate(STEADY_THEN_BURST)
     kinds = {action.kind for _, decision in result.decisions for action in decision.actions}

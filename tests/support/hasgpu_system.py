@@ -27,6 +27,30 @@ EXAMPLES = ROOT / "examples"
 HASGPU = pathlib.Path(sys.executable).parent / "hasgpu"
 
 
+_EMULATED = """
+name: vision
+format: python
+path: .
+entry: handler.py
+inputs:
+  - {name: x, datatype: FP32, shape: [-1, 4]}
+outputs:
+  - {name: y, datatype: FP32, shape: [-1, 3]}
+slo_ms: SLO_MS
+max_batch: 4
+memory_mib: 1024
+instances: {min: 2, max: 2}
+parameters: {hasgpu.emulate: MODEL}
+"""
+
+
+def emulated_function(folder: pathlib.Path, model: str, *, slo_ms: int = 500) -> str:
+    """Writes the function `vision`, whose times are a model's of the profile; returns its YAML's path."""
+    (folder / "function.yaml").write_text(_EMULATED.replace("MODEL", model).replace("SLO_MS", str(slo_ms)))
+    (folder / "handler.py").write_text("raise RuntimeError('the handler of an emulated function does not run')\n")
+    return str(folder / "function.yaml")
+
+
 def free_port() -> int:
     """A port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:
@@ -140,6 +164,21 @@ class System:
         with self.stub() as stub:
             answer: oip.ModelInferResponse = stub.ModelInfer(text_request(model, *texts), timeout=timeout_s)
             return answer
+
+
+@contextmanager
+def running_system(
+    home: pathlib.Path, *options: str, env: dict[str, str] | None = None, function: str = ""
+) -> Iterator[System]:
+    """A system that is up inside the block, with `options` of `hasgpu up`, and one of FUNCTIONS deployed, if named."""
+    system = System(home, env=env or {})
+    try:
+        system.up(*options)
+        if function:
+            system.cli("deploy", str(FUNCTIONS / function / "function.yaml"), "--wait")
+        yield system
+    finally:
+        system.down()
 
 
 def eventually(check: Any, *, within_s: float, every_s: float = 0.2) -> Any:
