@@ -20,13 +20,10 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +34,9 @@ from hasgpu.inference.v2 import inference_pb2 as oip
 from hasgpu.inference.v2 import inference_pb2_grpc
 from hasgpu.node_agent.v1 import node_agent_pb2 as pb
 from hasgpu.node_agent.v1 import node_agent_pb2_grpc
-from hasgpu_core.profile import Profile
-from hasgpu_device import profiles
 from hasgpu_device.control import ControlBlock
 from hasgpu_device.errors import ControlBlockError
-from hasgpu_device.worker_config import WorkerConfig
+from live_system import LiveSystem, live_system, write_results
 
 INSTANCES_PER_FUNCTION = 8
 MODEL = "segformer-b0"
@@ -66,66 +61,6 @@ parameters: {{hasgpu.emulate: {model}}}
 """
 
 
-def slower(profile: Profile, factor: float) -> Profile:
-    """Returns the profile of a device that takes `factor` times as long; segments stay as long as they are."""
-    rows = tuple(
-        replace(row, latency_us=row.latency_us * factor, device_time_us=row.device_time_us * factor)
-        for row in profile.rows
-    )
-    header = replace(profile.header, source=f"{profile.header.source}; times multiplied by {factor:g}")
-    return Profile(header, rows)
-
-
-class LiveSystem:
-    """A system of its own in a folder, driven by the command. A context manager."""
-
-    def __init__(self, folder: Path, gpus: int, profile: Path) -> None:
-        self.folder = folder
-        self._command = str(Path(sys.executable).parent / "hasgpu")
-        self.call("up", "--device", "emulated", "--gpus", str(gpus), "--profile", str(profile))
-
-    def __enter__(self) -> LiveSystem:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.call("down")
-
-    def call(self, *arguments: str) -> str:
-        """Runs the command; SystemExit with what it said when it fails."""
-        done = subprocess.run(
-            [self._command, "--home", str(self.folder), *arguments], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"hasgpu {' '.join(arguments)}: {done.stdout}{done.stderr}")
-        return done.stdout
-
-    def json(self, *arguments: str) -> Any:
-        """Runs the command with --json."""
-        return json.loads(self.call(*arguments, "--json"))
-
-    def instances(self) -> list[dict[str, Any]]:
-        """Of all functions."""
-        return [instance for function in self.json("functions") for instance in function["instances"]]
-
-    def control_paths(self) -> dict[str, Path]:
-        """Returns where the control block of each instance is."""
-        paths = {}
-        for instance in self.instances():
-            command = psutil.Process(instance["pid"]).cmdline()
-            config = WorkerConfig.load(command[command.index("--config") + 1])
-            paths[instance["instance"]] = Path(config.control_path)
-        return paths
-
-    def roles(self) -> dict[str, list[int]]:
-        """Returns the processes by what they do."""
-        roles: dict[str, list[int]] = defaultdict(list)
-        for unit in self.json("status")["units"]:
-            roles["node-agent" if unit["name"].startswith("node-agent") else unit["name"]].append(unit["pid"])
-        roles["supervisor"] = [self.json("status")["supervisor"]["pid"]]
-        roles["workers"] = [instance["pid"] for instance in self.instances()]
-        return roles
-
-
 def deploy(system: LiveSystem, gpus: int, count: int, quota_pct: float, gpu_bytes: int) -> list[str]:
     """Deploys functions with `count` instances in all, and gives each instance the quota; waits until all have it.
 
@@ -136,12 +71,8 @@ def deploy(system: LiveSystem, gpus: int, count: int, quota_pct: float, gpu_byte
     for index in range(-(-count // INSTANCES_PER_FUNCTION)):
         name = f"load-{index}"
         share = min(INSTANCES_PER_FUNCTION, count - index * INSTANCES_PER_FUNCTION)
-        folder = system.folder / name
-        folder.mkdir()
         text = FUNCTION.format(name=name, count=share, model=MODEL, batch=BATCH, memory=memory_mib)
-        (folder / "function.yaml").write_text(text)
-        (folder / "handler.py").write_text("")
-        system.call("deploy", str(folder), "--no-wait")
+        system.call("deploy", system.write_function(name, text), "--no-wait")
         names.append(name)
     wait(system, count, lambda instance: instance["state"] == "ready", "ready")
     for name in names:
@@ -292,12 +223,10 @@ def load(address: str, names: Sequence[str], callers: int) -> Any:
     return work
 
 
-async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the three phases; returns the document."""
-    profile = slower(profiles.shipped(), options.slow_down)
-    path = folder / "slower.csv"
-    path.write_text(profile.format(), encoding="utf-8")
-    with LiveSystem(folder / "home", options.gpus, path) as system:
+    with live_system(options.gpus, options.slow_down) as system:
+        profile = system.profile
         names = deploy(system, options.gpus, options.instances, options.quota, profile.header.memory_bytes)
         address = system.json("up")["endpoints"]["gateway"]
         callers = round(1.5 * INSTANCES_PER_FUNCTION)
@@ -330,11 +259,9 @@ def main() -> None:
     parser.add_argument("--slow-down", type=float, default=20.0)
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hasgpu-bench-") as folder:
-        document = asyncio.run(run(options, Path(folder)))
+    document = asyncio.run(run(options))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_results(options.json, document)
 
 
 if __name__ == "__main__":

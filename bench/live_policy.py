@@ -1,14 +1,15 @@
 """The whole system on emulated GPUs under HAS-GPU's replay, and what the simulator says of the same arrivals.
 
-    python bench/live_policy.py                       # 250 s of replay; about 8 minutes
+    python bench/live_policy.py                       # 180 s of replay; about 6 minutes
     python bench/live_policy.py --seconds 60          # shorter
     python bench/live_policy.py --policies hybrid,hasgpu,kserve
 
-Starts `hasgpu up --device emulated`, deploys functions, and sends each its replay through the gateway, open loop. Cost
-is read from the control blocks: SM share x (request + device time used beyond it), as the simulator counts it. Late
-and dropped requests are those that the gateways count. Then the simulator runs the same arrivals, with the device times
-that the GPUs were emulated from, the capacity tables that rapp had published, the cold starts that were seen, and the
-periods of the live services; its physics is `device-time`. Printed and written are both and their ratios.
+Starts `hasgpu up --device emulated`, deploys three functions, and sends each its replay through the gateway, open loop.
+Cost is read from the control blocks, from the start of each worker's process to its end: SM share x (request + device
+time used beyond it), as the simulator counts it. Late and dropped requests are those that the gateways count. Then the
+simulator runs the same arrivals, with the device times that the GPUs were emulated from, the capacity tables that rapp
+had published, the cold starts that were seen, the periods of the live services, and what this host adds to a request
+(measured on lone ones beforehand); its physics is `device-time`. Printed and written are both and their ratios.
 
 The GPUs are emulated from the shipped profile with its times multiplied by `--slow-down`: requests then take some tens
 of milliseconds, and what this host's two cores add to each (the gateway, RPC, waiting for a core) matters less.
@@ -19,11 +20,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
+import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from emulated import LiveSystem, slower
 from hasgpu_cli.client import Target
 from hasgpu_cli.commands.policy import set_policy
 from hasgpu_cli.home import Home
@@ -45,25 +44,26 @@ from hasgpu_core.function import FunctionSpec, TensorSpec
 from hasgpu_core.policy.choice import make_live_policy
 from hasgpu_core.profile import Profile
 from hasgpu_core.recording import RecordedInput, RecordedLoad
-from hasgpu_device import profiles
 from hasgpu_device.control import ControlBlock
 from hasgpu_device.errors import ControlBlockError
-from hasgpu_device.worker_config import WorkerConfig
 from hasgpu_sim.arrivals import Process
 from hasgpu_sim.physics import Physics
 from hasgpu_sim.recorded import RecordedScenario, scenario_of_recording
 from hasgpu_sim.recording import read_recording_bytes
-from hasgpu_sim.scenario import FunctionLoad, Scenario, Timing
+from hasgpu_sim.scenario import FunctionLoad, Moving, Scenario, Timing
 from hasgpu_sim.simulate import simulate
 from hasgpu_sim.surface import from_profile
 from hasgpu_sim.traces import load_trace
+from live_system import LiveSystem, control_path, live_system, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTLE_S = 30.0
 """The functions are there for so long before the first request, in both."""
 SAMPLE_S = 0.05
+PROBES = 10
+PROBE_HOLD_S = 20
 LOOK_S = 0.5
-FUNCTIONS = (("vision", "resnet50", "rps"), ("text", "minilm", "stress"))
+FUNCTIONS = (("vision", "resnet50", "rps"), ("text", "minilm", "stress"), ("names", "distilbert", "rps"))
 """Name, model of the profile, set of the replay."""
 FUNCTION = """
 name: {name}
@@ -86,13 +86,15 @@ TENSOR = TensorSpec("x", "FP32", (-1, 4))
 
 @dataclass(slots=True)
 class _Meter:
-    """One instance's cost."""
+    """One worker's cost."""
 
     function: str
+    pid: int
     block: ControlBlock
     at_s: float
     borrowed_ns: int
-    gpu_seconds: float = 0.0
+    reserved_gpu_s: float = 0.0
+    borrowed_gpu_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -120,27 +122,29 @@ class CostMeter:
         """Adds what each instance cost since it was last looked at."""
         for meter in self.meters.values():
             now_s = time.monotonic()
-            shares, counters = meter.block.read_shares(), meter.block.read_counters()
+            shares, borrowed_ns = meter.block.read_shares(), meter.block.read_counters().borrowed_ns
             passed_s, meter.at_s = now_s - meter.at_s, now_s
-            self.longest_gap_s = max(self.longest_gap_s, passed_s)
-            if psutil.pid_exists(counters.pid):
-                borrowed_s = max(0, counters.borrowed_ns - meter.borrowed_ns) / 1e9
-                meter.borrowed_ns = counters.borrowed_ns
-                part = shares.sm_pct / 100
-                meter.gpu_seconds += part * (shares.request_permille / 1e3 * passed_s + borrowed_s)
+            part = shares.sm_pct / 100
+            meter.borrowed_gpu_s += part * max(0, borrowed_ns - meter.borrowed_ns) / 1e9
+            meter.borrowed_ns = borrowed_ns
+            if psutil.pid_exists(meter.pid):
+                self.longest_gap_s = max(self.longest_gap_s, passed_s)
+                meter.reserved_gpu_s += part * shares.request_permille / 1e3 * passed_s
 
     def reset(self) -> None:
         """Begins to count anew."""
         self.sample()
+        self.longest_gap_s = 0.0
         for meter in self.meters.values():
-            meter.gpu_seconds = 0.0
+            meter.reserved_gpu_s = meter.borrowed_gpu_s = 0.0
 
-    def by_function(self) -> dict[str, float]:
-        """GPU-seconds so far."""
+    def by_function(self) -> dict[str, tuple[float, float]]:
+        """GPU-seconds so far: of requests, and of what was borrowed beyond them."""
         self.sample()
-        found: dict[str, float] = {}
+        found: dict[str, tuple[float, float]] = {}
         for meter in self.meters.values():
-            found[meter.function] = found.get(meter.function, 0.0) + meter.gpu_seconds
+            reserved, borrowed = found.get(meter.function, (0.0, 0.0))
+            found[meter.function] = reserved + meter.reserved_gpu_s, borrowed + meter.borrowed_gpu_s
         return found
 
     def _open(self, function: str, instance: Mapping[str, Any]) -> None:
@@ -148,23 +152,20 @@ class CostMeter:
         if name in self.meters or not instance["pid"]:
             return
         with contextlib.suppress(psutil.Error, ControlBlockError, OSError, ValueError):
-            command = psutil.Process(instance["pid"]).cmdline()
-            block = ControlBlock.open(WorkerConfig.load(command[command.index("--config") + 1]).control_path)
-            self.meters[name] = _Meter(function, block, time.monotonic(), block.read_counters().borrowed_ns)
+            block = ControlBlock.open(control_path(instance["pid"]))
+            # Its share is taken from the start of its process on, and a worker borrows nothing while it loads.
+            began_s = time.monotonic() - max(0.0, time.time() - psutil.Process(instance["pid"]).create_time())
+            self.meters[name] = _Meter(function, instance["pid"], block, began_s, 0)
 
 
-def deploy(system: LiveSystem, profile: Profile, multiple: float) -> dict[str, int]:
+def deploy(system: LiveSystem, multiple: float) -> dict[str, int]:
     """Deploys the functions and waits until they are profiled and ready; returns their objectives."""
     slos_ms = {}
     for name, model, _ in FUNCTIONS:
-        folder = system.folder / name
-        folder.mkdir()
-        slos_ms[name] = round(multiple * from_profile(profile, model).reference_s * 1e3)
+        slos_ms[name] = round(multiple * from_profile(system.profile, model).reference_s * 1e3)
         text = FUNCTION.format(name=name, model=model, slo_ms=slos_ms[name])
-        (folder / "function.yaml").write_text(text)
-        (folder / "handler.py").write_text("")
         print(f"deploying {name}: {model}, SLO {slos_ms[name]} ms", file=sys.stderr, flush=True)
-        system.call("deploy", str(folder))
+        system.call("deploy", system.write_function(name, text))
     return slos_ms
 
 
@@ -178,6 +179,30 @@ def arrivals(options: argparse.Namespace) -> dict[str, list[float]]:
         )
         found[name] = list(trace.first(options.seconds).arrivals_s["f"])
     return found
+
+
+async def transport(system: LiveSystem, target: Target) -> float:
+    """Returns what this host adds to a request, in seconds: the median of lone ones, less their device time."""
+    rng, added_s = random.Random(1), []
+    for name, _, _ in FUNCTIONS:
+        # The smallest share with all of the row to borrow: a lone batch takes its device time.
+        system.call("scale", name, "--quota", "5", "--limit", "100", "--hold", str(PROBE_HOLD_S))
+    await asyncio.sleep(1.0)
+    async with target.channel("gateway") as channel:
+        samples = random_samples([TENSOR], rng)
+        for function in await fetch_functions(target):
+            name = function["spec"]["name"]
+            model = next(model for other, model, _ in FUNCTIONS if other == name)
+            surface = from_profile(system.profile, model, emulated=True)
+            sm_pct = next(i["allocation"]["sm_pct"] for i in function["instances"] if i["state"] == "ready")
+            sender = FunctionSender(channel, name, samples, timeout_s=10.0)
+            for index in range(PROBES):
+                began_s = time.monotonic()
+                await sender.send(index)
+                added_s.append(time.monotonic() - began_s - surface.device_s(1, sm_pct))
+                await asyncio.sleep(0.2)
+    await asyncio.sleep(PROBE_HOLD_S)
+    return max(0.0, statistics.median(added_s))
 
 
 async def live(
@@ -220,8 +245,9 @@ async def live(
             "p95_ms": summary.p95_ms,
             "p99_ms": summary.p99_ms,
             "late_sends_p99_ms": summary.late_sends_p99_ms,
-            "gpu_seconds": costs.get(name, 0.0),
-            "cost_per_good": costs.get(name, 0.0) / max(1, good),
+            "gpu_seconds": sum(costs[name]),
+            "borrowed_gpu_seconds": costs[name][1],
+            "cost_per_good": sum(costs[name]) / max(1, good),
         }
     print(f"  longest gap between two samples of cost {meter.longest_gap_s:.2f} s", file=sys.stderr)
     return found, load, began_unix_s
@@ -248,6 +274,7 @@ def predicted(
     due_s: Mapping[str, Sequence[float]],
     options: argparse.Namespace,
     began_unix_s: float,
+    transport_s: float,
 ) -> dict[str, dict[str, Any]]:
     """Returns what the simulator says of the same arrivals."""
     found = scenario_of_recording(load, Process.EVEN)
@@ -255,16 +282,24 @@ def predicted(
     loads = []
     for name, model, _ in FUNCTIONS:
         spec, tables = _known(found, load, name, began_unix_s)
-        surface = replace(from_profile(profile, model), device_model=tables[0].device_model)
+        surface = replace(from_profile(profile, model, emulated=True), device_model=tables[0].device_model)
         loads.append(FunctionLoad(spec, tables, arrivals_s=due_s[name], surfaces={surface.device_model: surface}))
     scenario = Scenario(
         found.devices,
         tuple(loads),
         options.seconds,
         options.seed,
-        Timing(tick_s=0.1, demand_period_s=0.25, cold_start_s=cold_s, resize_s=0.03, telemetry_period_s=0.5),
+        Timing(
+            tick_s=0.1,
+            demand_period_s=0.25,
+            cold_start_s=cold_s,
+            resize_s=0.03,
+            telemetry_period_s=0.5,
+            transport_s=transport_s,
+        ),
         Physics.DEVICE_TIME,
         lead_s=SETTLE_S,
+        moving=Moving(),
     )
     outcome = simulate(scenario, make_live_policy(policy))
     answers = {}
@@ -275,6 +310,7 @@ def predicted(
             "violations": result.violations_count,
             **percentiles,
             "gpu_seconds": result.gpu_seconds,
+            "borrowed_gpu_seconds": result.borrowed_gpu_seconds,
             "cost_per_good": result.gpu_seconds / max(1, result.met_count),
         }
     return answers
@@ -313,24 +349,24 @@ def compare(live_figures: Mapping[str, Any], simulated: Mapping[str, Any]) -> di
     return {**both, "cost_ratio": cost, "violation_rate_difference": difference}
 
 
-async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs every policy; returns the document."""
-    profile = slower(profiles.shipped(), options.slow_down)
-    path = folder / "slower.csv"
-    path.write_text(profile.format(), encoding="utf-8")
     due_s = arrivals(options)
     rows = []
-    with LiveSystem(folder / "home", options.gpus, path) as system:
-        slos_ms = deploy(system, profile, options.slo_multiple)
-        target = Target(Home(folder / "home"), {})
+    with live_system(options.gpus, options.slow_down) as system:
+        profile = system.profile
+        slos_ms = deploy(system, options.slo_multiple)
+        target = Target(Home(system.home), {})
         async with target.session():
+            transport_s = await transport(system, target)
+            print(f"this host adds {transport_s * 1e3:.1f} ms to a request", file=sys.stderr, flush=True)
             for policy in options.policies.split(","):
                 figures, load, began_unix_s = await live(target, policy, due_s, slos_ms, options.seconds)
                 if options.keep is not None:
                     options.keep.mkdir(parents=True, exist_ok=True)
                     data = await fetch(target, round((began_unix_s - SETTLE_S) * 1e9), 0)
                     (options.keep / f"{policy}.jsonl.gz").write_bytes(data)
-                simulated = predicted(load, profile, policy, due_s, options, began_unix_s)
+                simulated = predicted(load, profile, policy, due_s, options, began_unix_s, transport_s)
                 row = {"policy": policy, "live": figures, "simulated": simulated, **_named(compare(figures, simulated))}
                 rows.append(row)
                 show(row)
@@ -339,6 +375,7 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "gpus": options.gpus,
         "slow_down": options.slow_down,
         "slo_ms": slos_ms,
+        "transport_ms": transport_s * 1e3,
         "seconds": options.seconds,
         "arrivals": options.arrivals,
         "rate_scale": options.rate_scale,
@@ -363,7 +400,8 @@ def show(row: Mapping[str, Any]) -> None:
             print(
                 f"{row['policy']:>10} {name:8} {kind:10} {f['requests']:5} requests, {f['violations']:4} late or "
                 f"dropped, p50 {f['p50_ms']:6.1f} p95 {f['p95_ms']:6.1f} p99 {f['p99_ms']:6.1f} ms, "
-                f"{f['gpu_seconds']:8.3f} GPU-s, {f['cost_per_good'] * 1e3:8.3f} GPU-ms a request in time"
+                f"{f['gpu_seconds']:8.3f} GPU-s "
+                f"({f['borrowed_gpu_seconds']:.3f} borrowed), {f['cost_per_good'] * 1e3:8.3f} GPU-ms a request in time"
             )
     totals = row["totals"]
     print(
@@ -378,7 +416,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=250.0)
+    parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--policies", default="hybrid")
     parser.add_argument("--arrivals", choices=["even", "poisson"], default="poisson")
     parser.add_argument("--rate-scale", type=float, default=1.0)
@@ -392,10 +430,8 @@ def main() -> int:
     if not (options.data / "traces").is_dir():
         print(f"skipped: no traces under {options.data} (--data)", file=sys.stderr)
         return 0
-    with tempfile.TemporaryDirectory(prefix="hasgpu-bench-") as folder:
-        document = asyncio.run(run(options, Path(folder)))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    document = asyncio.run(run(options))
+    write_results(options.json, document)
     print(f"wrote {options.json}")
     return 0
 

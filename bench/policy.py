@@ -27,7 +27,7 @@ from typing import Any
 
 from hasgpu_core.cluster import ClusterSnapshot, DemandView, FunctionView
 from hasgpu_core.policy.hybrid import HybridPolicy
-from hasgpu_core.policy.rivals.clairvoyant import borrowed_bound
+from hasgpu_core.policy.rivals.clairvoyant import borrowed_bound, held_bound
 from hasgpu_core.policy.scaling import PolicyState
 from hasgpu_core.resources import DeviceState
 from hasgpu_sim.arrivals import Process, RateStep, arrival_times_s
@@ -132,18 +132,27 @@ def _key(run: RunResult) -> tuple[object, ...]:
 
 
 def _at_once(bench: Bench, trace: Trace, arrivals: str) -> None:
-    """Our cost over the bound of those who send a request as soon as an instance is idle (`rivals.clairvoyant`)."""
-    times = next(iter(trace.arrivals_s.values()))
-    over = []
+    """Our cost over the bounds of those who send a request as soon as an instance is idle (`rivals.clairvoyant`)."""
+    times = list(next(iter(trace.arrivals_s.values())))
+    over, over_held, held_over = [], [], []
     for run in bench.runs:
         if run.policy != "hybrid" or run.trace != trace.name or run.arrivals != arrivals or not run.lend:
             continue
         load = function_load("f", bench.surfaces[run.model], run.slo_multiple, times, Settings())
         bound = borrowed_bound(times, load.tables[0], max_batch=load.spec.max_batch, online=True)
         over.append(run.cost_per_good / (bound.gpu_seconds / bound.requests_count))
-    ratio = geometric_mean(over)
-    print(f"{trace.name}, {arrivals}, lent: hybrid over the bound of who sends at once {ratio:.3f}")
-    bench.figures[f"{trace.name}/{arrivals}/lent/hybrid: cost over the bound of who sends at once"] = ratio
+        held = held_bound(times, load.tables[0], duration_s=trace.duration_s, max_batch=load.spec.max_batch)
+        over_held.append(run.cost_per_good / (held.gpu_seconds / held.requests_count))
+        least = borrowed_bound(times, load.tables[0], max_batch=load.spec.max_batch)
+        held_over.append((held.gpu_seconds / held.requests_count) / (least.gpu_seconds / least.requests_count))
+    for what, ratios_found in (
+        ("hybrid: cost over the bound of who sends at once", over),
+        ("hybrid: cost over the bound of who holds a set for 5 s and sends at once", over_held),
+        ("the bound of who holds a set for 5 s and sends at once over clairvoyant's", held_over),
+    ):
+        ratio = geometric_mean(ratios_found)
+        print(f"{trace.name}, {arrivals}, lent: {what} {ratio:.3f}")
+        bench.figures[f"{trace.name}/{arrivals}/lent/{what}"] = ratio
 
 
 def _over_time(bench: Bench, trace: Trace, outcomes: Mapping[str, SimResult], kind: str) -> None:

@@ -121,3 +121,14 @@ def test_rates_are_never_negative_whatever_restarts(steps: list[tuple[int, bool,
         tracker.observe(event(count, now_s, epoch=str(epoch)), now_s)
         rate = tracker.view("f", now_s).rate_rps
         assert rate is None or 0 <= rate <= max(a for _, a in total) * len(total) / 0.01
+
+
+def test_late_answers_are_summed_over_gateways_and_epochs() -> None:
+    tracker = DemandTracker()
+    assert tracker.view("f", 0.0).late_count is None
+    tracker.observe(event(10, 0.0, late_count=3), 0.0)
+    tracker.observe(event(12, 1.0, late_count=4), 1.0)
+    tracker.observe(event(5, 1.0, gateway="h", late_count=1), 1.0)
+    assert tracker.view("f", 1.0).late_count == 5
+    tracker.observe(event(2, 2.0, epoch="e2", late_count=2), 2.0)
+    assert tracker.view("f", 2.0).late_count == 7

@@ -99,6 +99,21 @@ def test_what_cannot_be_is_said_in_words() -> None:
     assert "4096 MiB" in reason(spec_of("f", slo_ms=100, memory_bytes=4 << 30), (GPU,))
 
 
+def test_one_that_loads_for_minutes_is_waited_for_and_one_without_a_worker_is_not() -> None:
+    table = CapacityTable("f", 1, "emu", 1, 0, 100, (CapacityPoint(1, 50, 1000, 0.02, 10.0),))
+
+    def wanted_after_90_s(state: InstanceState) -> list[str]:
+        views = (InstanceView("f-0", Allocation(50, 1000, 1000, 1 << 30), state, "n", "g0", 0, "emu"),)
+        policy, memory, decisions = HybridPolicy(), PolicyState(), ()
+        for now_s in range(91):
+            view = FunctionView(spec_of("f", slo_ms=100), 1, DemandView(0.0), views, {"emu": table}, next_ordinal=1)
+            decisions, memory = policy.decide(ClusterSnapshot((view,), (GPU,)), memory, float(now_s))
+        return [share.instance for share in decisions[0].desired]
+
+    assert wanted_after_90_s(InstanceState.LOADING) == ["f-0"]
+    assert "f-0" not in wanted_after_90_s(InstanceState.PENDING)
+
+
 def test_a_failed_worker_is_left_to_its_agent_and_replaced_once_beside_one_that_serves() -> None:
     points = tuple(CapacityPoint(1, 50, q, 20.0 / q, 10.0) for q in (500, 1000))
     spec = spec_of("f", slo_ms=100)

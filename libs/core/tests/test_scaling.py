@@ -437,6 +437,15 @@ def test_one_stuck_on_its_way_counts_as_failed(make: Any, bench: Any) -> None:
     assert any("not ready for 60 s" in decision.reason for decision in world.decisions)
 
 
+def test_one_that_loads_for_minutes_is_not_replaced(make: Any, bench: Any) -> None:
+    world = bench(*(make.device(f"n{i}") for i in range(3)))
+    world.deploy(make.spec(), make.table())
+    world.put("f", sm_pct=100, permille=1000)
+    world.put("f", sm_pct=100, permille=1000, state=InstanceState.LOADING)
+    world.run(90, f=350.0)
+    assert len(world.requests()) == 2
+
+
 def test_an_slo_that_nothing_meets_keeps_one_at_its_best(make: Any, bench: Any) -> None:
     world = bench()
     world.deploy(make.spec(slo_ms=1), make.table(slo_ms=1))

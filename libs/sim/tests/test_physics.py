@@ -13,7 +13,7 @@ from hasgpu_core.resources import Allocation, DeviceInfo
 from hasgpu_sim import FunctionLoad, Scenario, Timing, simulate
 from hasgpu_sim.arrivals import Process, RateStep
 from hasgpu_sim.lending import effective_permille
-from hasgpu_sim.physics import WINDOW_S, Bucket, Gate, Physics
+from hasgpu_sim.physics import SEGMENT_S, WINDOW_S, Bucket, Gate, Physics
 from hasgpu_sim.scenario import FunctionResult
 from hasgpu_sim.surface import Surface
 from hasgpu_sim.synthetic import synthetic_spec, synthetic_table
@@ -100,18 +100,39 @@ def test_two_batches_of_a_row_slow_each_other() -> None:
 
 def test_a_gate_gives_a_window_at_once_and_then_the_request() -> None:
     gate = Gate(Bucket(), Bucket())
-    run = lambda now_s, device_s, alone: gate.run(  # noqa: E731  short for this test
-        now_s, device_s, request_permille=500, limit_permille=1000, alone=alone
+    run = lambda now_s, device_s, limit_permille: gate.run(  # noqa: E731  short for this test
+        now_s, device_s, request_permille=500, limit_permille=limit_permille, alone=True
     )
-    took_s, borrowed_s = run(1.0, 0.010, False)
+    took_s, borrowed_s = run(1.0, 0.010, 500)
     assert took_s == pytest.approx(0.010)  # out of the 20 ms that had filled up
     assert borrowed_s == 0.0
-    took_s, _ = run(1.010, 0.200, False)
+    took_s, _ = run(1.010, 0.200, 500)
+    # What had filled up lets it run at full speed at first; then it runs a segment and waits for as long.
     left_s = 0.5 * WINDOW_S - 0.010 * 0.5
-    assert took_s == pytest.approx(left_s / 0.5 + (0.200 - left_s / 0.5) / 0.5)
-    took_s, borrowed_s = run(2.0, 0.100, True)
+    assert took_s == pytest.approx(left_s / 0.5 + (0.200 - left_s / 0.5) / 0.5, abs=2 * SEGMENT_S)
+    took_s, borrowed_s = run(2.0, 0.100, 1000)
     assert took_s == pytest.approx(0.100)
-    assert borrowed_s == pytest.approx(0.100 - 0.5 * WINDOW_S - 0.100 * 0.5)
+    assert borrowed_s == pytest.approx(0.100 - 0.5 * WINDOW_S - 0.100 * 0.5, abs=3 * SEGMENT_S)
+
+
+def test_a_segment_begun_with_tokens_is_not_borrowed_and_its_debt_is_carried() -> None:
+    gate = Gate(Bucket(), Bucket())
+    own_s = 0.025 * WINDOW_S
+    took_s, borrowed_s = gate.run(1.0, 0.030, request_permille=25, limit_permille=1000, alone=True)
+    assert (took_s, borrowed_s) == pytest.approx((0.030, 0.030 - SEGMENT_S))
+    debt_s = SEGMENT_S - own_s - 0.030 * 0.025
+    _, borrowed_s = gate.run(1.030, 0.030, request_permille=25, limit_permille=1000, alone=True)
+    assert borrowed_s == pytest.approx(0.030)  # in debt: all of it
+    again_s = 1.030 + (debt_s / 0.025) + 0.001
+    _, borrowed_s = gate.run(again_s, 0.030, request_permille=25, limit_permille=1000, alone=True)
+    assert borrowed_s == pytest.approx(0.030 - SEGMENT_S)
+
+
+def test_a_gate_bounds_borrowing_by_the_limit() -> None:
+    gate = Gate(Bucket(), Bucket())
+    took_s, borrowed_s = gate.run(1.0, 0.500, request_permille=100, limit_permille=400, alone=False)
+    assert took_s == pytest.approx(0.4 * WINDOW_S + (0.500 - 0.4 * WINDOW_S) / 0.4, abs=2 * SEGMENT_S / 0.4)
+    assert borrowed_s == pytest.approx(0.500 - 0.1 * took_s, abs=2 * SEGMENT_S)
 
 
 def test_device_time_physics_runs_at_the_request_in_the_long_run() -> None:

@@ -97,6 +97,21 @@ def test_an_unknown_part_is_named(tmp_path: Path) -> None:
         load_trace(written(tmp_path, "set,rps\na,1\n"), part="c")
 
 
+def test_what_a_spreadsheet_puts_before_the_first_column_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbfcount\r\n1\r\n2\r\n")
+    assert load_trace(path).requests_count == 3
+
+
+def test_a_trace_without_parts_and_a_file_that_is_not_there_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("count\n1\n")
+    with pytest.raises(NotFoundError, match="is one trace, without parts"):
+        load_trace(path, part="rps")
+    with pytest.raises(InvalidError, match=r"got No such file or directory$"):
+        load_trace(tmp_path / "none.csv")
+
+
 def test_missing_cells_lie_between_their_neighbours() -> None:
     cells = {
         (b, s, q): 0.01 * b * 100 / s * 1000 / q for b in (1, 2, 4) for s in (20, 50, 100) for q in (200, 500, 1000)

@@ -59,6 +59,8 @@ class DemandView:
     arrived_items_count: int | None = None
     """Items that have arrived so far, from some start on: differences of it give rates over any period. It falls when a
     gateway leaves the sum. None: no data."""
+    late_count: int | None = None
+    """Requests that have been answered later than the objective so far, likewise."""
 
 
 @dataclass(frozen=True, slots=True)

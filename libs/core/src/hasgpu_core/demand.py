@@ -35,7 +35,8 @@ class _Source:
     received_s: float
     items_base_count: int = 0
     requests_base_count: int = 0
-    """Arrivals of earlier epochs, so that the totals only grow."""
+    late_base_count: int = 0
+    """Arrivals, and late answers, of earlier epochs, so that the totals only grow."""
     samples: deque[_Sample] = field(default_factory=deque)
     """Oldest first: those of the window and the last one before it."""
 
@@ -68,6 +69,7 @@ class DemandTracker:
         elif event.epoch != source.epoch:
             source.items_base_count += _arrived_items_count(source.newest)
             source.requests_base_count += source.newest.arrived_count
+            source.late_base_count += source.newest.late_count
             source.epoch = event.epoch
         elif event.observed_unix_ns <= source.newest.observed_unix_ns:
             return
@@ -108,6 +110,7 @@ class DemandTracker:
             age_s=age_s,
             items_per_request=_items_per_request(live),
             arrived_items_count=sum(source.samples[-1].items_count for source in live) if rates else None,
+            late_count=sum(source.late_base_count + source.newest.late_count for source in live) if rates else None,
         )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hasgpu_core.events import DesiredInstance, DeviceEvent, InstanceEvent, NodeEvent
+from hasgpu_core.events import DesiredInstance, DeviceEvent, InstanceEvent, NodeEvent, PlannedInstance
 from hasgpu_core.observe import NODE_LOST_AFTER_S
 from hasgpu_core.policy.placement import Placement, Ties, place
+from hasgpu_core.policy.placement.migration import Bound, Move
 from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, Allocation, DeviceState, InstanceState, Row
 
 from hasgpu_sim.event_queue import EventQueue
@@ -44,13 +45,22 @@ class _Meter:
     """Of its requests now, in GPUs."""
     borrowed: float = 0.0
     """Beyond them, now."""
+    borrowed_gpu_seconds: float = 0.0
+    """Part of the cost so far."""
     since_s: float = 0.0
 
     def at(self, now_s: float) -> float:
         """Brings the sum up to date and returns it."""
-        self.gpu_seconds += (self.share + max(0.0, self.borrowed)) * (now_s - self.since_s)
+        passed_s = now_s - self.since_s
+        self.gpu_seconds += self.share * passed_s
+        self.borrow(max(0.0, self.borrowed) * passed_s)
         self.since_s = now_s
         return self.gpu_seconds
+
+    def borrow(self, gpu_seconds: float) -> None:
+        """Adds what was used beyond the requests."""
+        self.gpu_seconds += gpu_seconds
+        self.borrowed_gpu_seconds += gpu_seconds
 
 
 class Cluster:
@@ -82,15 +92,25 @@ class Cluster:
         self._warm: dict[str, set[str]] = {name: set() for name in self._loads}
         self._meters = {name: _Meter() for name in self._loads}
         self._lost: set[str] = set()
+        self._draining: set[str] = set()
+        self._shadows: dict[str, _Instance] = {}
+        """By instance: its other place, the new one until it is READY there, the old one until that is empty."""
+        self.moves: list[tuple[float, str, str, str]] = []
         self.gpus_peak = 0
 
     def gpu_seconds(self, function: str) -> float:
         """Returns the integral of SM share times request so far, and what was borrowed."""
         return self._meters[function].at(self._events.now_s)
 
+    def borrowed_gpu_seconds(self, function: str) -> float:
+        """Returns what of it was borrowed."""
+        meter = self._meters[function]
+        meter.at(self._events.now_s)
+        return meter.borrowed_gpu_seconds
+
     def borrow(self, function: str, gpu_seconds: float) -> None:
         """Adds what a function used beyond its requests."""
-        self._meters[function].gpu_seconds += gpu_seconds
+        self._meters[function].borrow(gpu_seconds)
 
     def lend(self, function: str, gpus: float) -> None:
         """A function begins (or ends, below 0) to use so many GPUs beyond its requests."""
@@ -123,6 +143,9 @@ class Cluster:
     def lose(self, node: str) -> None:
         """A node is gone with all that ran there; the scheduler places that anew when its heartbeat has lapsed."""
         self._lost.add(node)
+        for shadow in [shadow for shadow in self._shadows.values() if shadow.node == node]:
+            self._drop_shadow(shadow.name)
+            self._gateways[shadow.function].lose(f"{shadow.name}~")
         for instance in [i for i in self._instances.values() if i.node == node]:
             self._remove(instance)
             self._gateways[instance.function].lose(instance.name)
@@ -133,6 +156,132 @@ class Cluster:
         self._lost.discard(node)
         self._rebind()
 
+    def drain_node(self, node: str) -> None:
+        """A node takes nothing new from now on."""
+        self._draining.add(node)
+
+    # Moves: what `moves.Mover` sees, and does
+
+    def bound(self) -> list[Bound]:
+        """All instances that have a place."""
+        return [self._bound(instance) for _, instance in sorted(self._instances.items())]
+
+    def devices(self) -> tuple[DeviceState, ...]:
+        """Devices that may take something."""
+        return tuple(device for device in self._device_states() if device.info.node not in self._draining)
+
+    def leaving(self) -> list[Bound]:
+        """What is on a node that drains."""
+        return [item for item in self.bound() if item.node in self._draining]
+
+    def waiting(self) -> list[tuple[str, Allocation]]:
+        """Instances without a place, active ones first, then the largest."""
+        found = [
+            want
+            for function in sorted(self._unplaced)
+            for want in self._desired[function][1]
+            if want.instance not in self._instances
+        ]
+        found.sort(key=lambda want: (want.standby, -want.allocation.gpu_share))
+        return [(want.instance, want.allocation) for want in found]
+
+    def serving(self) -> set[str]:
+        """Instances that are READY and do not move."""
+        return {
+            name
+            for name, instance in self._instances.items()
+            if instance.state is InstanceState.READY and name not in self._shadows
+        }
+
+    def moving_count(self) -> int:
+        """Moves under way."""
+        return len(self._shadows)
+
+    def ties_of(self, item: Bound) -> Ties:
+        """Where the others of an instance's function are."""
+        return self._ties(item.planned.function, without=item.planned.instance)
+
+    def begin(self, move: Move) -> bool:
+        """Takes the new place of an instance, which serves in the old one until it is READY there."""
+        planned = move.bound.planned
+        instance = self._instances.get(planned.instance)
+        key = (move.to.node, move.to.gpu)
+        if instance is None or planned.instance not in self.serving() or self._bound(instance) != move.bound:
+            return False
+        if key not in self._infos or key[0] in self._lost | self._draining:
+            return False
+        shadow = replace(
+            instance, node=key[0], gpu=key[1], row=move.to.row, model=self._infos[key].model, reason="moves here"
+        )
+        self._shadows[instance.name] = shadow
+        self._on_device[key][f"{instance.name}~"] = shadow
+        self._states.pop(key, None)
+        self._charge(shadow, shadow.allocation.gpu_share)
+        self.gpus_peak = max(self.gpus_peak, sum(1 for held in self._on_device.values() if held))
+        self._events.after(self._scenario.timing.cold_start_s, partial(self._arrive, instance, shadow))
+        return True
+
+    def _arrive(self, instance: _Instance, shadow: _Instance) -> None:
+        """The new place is READY: requests go there, and the old one answers what it has."""
+        name = instance.name
+        if self._shadows.get(name) is not shadow or self._instances.get(name) is not instance:
+            return
+        if instance.state is not InstanceState.READY or not self._reshare_shadow(instance, shadow):
+            self._drop_shadow(name)
+            return
+        old = (instance.node, instance.gpu)
+        self._swap(instance, shadow)
+        gateway = self._gateways[instance.function]
+        gateway.move(name, partial(self._left, shadow))
+        self._route(instance)
+        self._tell(instance)
+        self.moves.append((self._events.now_s, name, "/".join(old), f"{instance.node}/{instance.gpu}"))
+
+    def _reshare_shadow(self, instance: _Instance, shadow: _Instance) -> bool:
+        """Gives the new place the share that the instance has by now; False: its row has no room for it."""
+        if shadow.allocation == instance.allocation:
+            return True
+        more = instance.allocation.request_permille - shadow.allocation.request_permille
+        if shadow.allocation.sm_pct != instance.allocation.sm_pct or self._row_permille(shadow) + more > WHOLE_PERMILLE:
+            return False
+        self._charge(shadow, instance.allocation.gpu_share - shadow.allocation.gpu_share)
+        shadow.allocation = instance.allocation
+        self._states.pop((shadow.node, shadow.gpu), None)
+        return True
+
+    def _swap(self, instance: _Instance, shadow: _Instance) -> None:
+        """The instance is where its shadow was, and the other way round."""
+        old, new = (instance.node, instance.gpu), (shadow.node, shadow.gpu)
+        del self._on_device[old][instance.name]
+        del self._on_device[new][f"{instance.name}~"]
+        (instance.node, instance.gpu), (shadow.node, shadow.gpu) = new, old
+        instance.row, shadow.row = shadow.row, instance.row
+        instance.model, shadow.model = shadow.model, instance.model
+        self._on_device[new][instance.name] = instance
+        self._on_device[old][f"{instance.name}~"] = shadow
+        for key in (old, new):
+            self._states.pop(key, None)
+
+    def _left(self, shadow: _Instance) -> None:
+        """The old place has answered its last batch."""
+        if self._shadows.get(shadow.name) is shadow:
+            self._drop_shadow(shadow.name)
+            self._bind_unplaced()
+
+    def _drop_shadow(self, name: str) -> None:
+        shadow = self._shadows.pop(name)
+        key = (shadow.node, shadow.gpu)
+        self._charge(shadow, -shadow.allocation.gpu_share)
+        self._on_device[key].pop(f"{name}~", None)
+        self._states.pop(key, None)
+
+    def _bound(self, instance: _Instance) -> Bound:
+        planned = PlannedInstance(
+            instance.function, instance.name, instance.gpu, instance.row, instance.allocation, instance.revision,
+            standby=instance.standby,
+        )  # fmt: skip
+        return Bound(instance.node, planned, instance.model)
+
     def heartbeat(self, unix_ns: int) -> list[NodeEvent | DeviceEvent]:
         """Returns what the agents tell of nodes and devices."""
         nodes: dict[str, list[DeviceState]] = {}
@@ -140,7 +289,8 @@ class Cluster:
             nodes.setdefault(device.info.node, []).append(device)
         out: list[NodeEvent | DeviceEvent] = []
         for node, devices in sorted(nodes.items()):
-            out.append(NodeEvent(node, f"{node}:0", tuple(d.info for d in devices), unix_ns, 0))
+            infos = tuple(d.info for d in devices)
+            out.append(NodeEvent(node, f"{node}:0", infos, unix_ns, 0, draining=node in self._draining))
             out += [DeviceEvent(d.info, d.rows, d.memory_used_bytes, 0, unix_ns, 0) for d in devices]
         return out
 
@@ -207,7 +357,7 @@ class Cluster:
         for want in desired:
             if want.instance in self._instances:
                 continue
-            outcome = place(want.allocation, self._device_states(), self._ties(function))
+            outcome = place(want.allocation, self.devices(), self._ties(function))
             if not isinstance(outcome, Placement):
                 self._unplaced.add(function)
                 continue
@@ -227,12 +377,13 @@ class Cluster:
             else:
                 self._ready(instance)
 
-    def _ties(self, function: str) -> Ties:
+    def _ties(self, function: str, *, without: str = "") -> Ties:
         """Where the function's other instances are, and where it has been: its weights stay on the node."""
         others: dict[str, int] = {}
         for instance in self._of_function[function].values():
-            others[instance.node] = others.get(instance.node, 0) + 1
-        self._warm[function].update(others)
+            self._warm[function].add(instance.node)
+            if instance.name != without:
+                others[instance.node] = others.get(instance.node, 0) + 1
         return Ties(others, frozenset(self._warm[function]))
 
     def _ready(self, instance: _Instance) -> None:
@@ -246,6 +397,9 @@ class Cluster:
         if self._instances.get(instance.name) is not instance:
             return
         self._remove(instance)
+        self._bind_unplaced()
+
+    def _bind_unplaced(self) -> None:
         for function in sorted(self._unplaced):
             # Room appeared: what found no place is bound now.
             self._events.after(
@@ -254,6 +408,8 @@ class Cluster:
             )
 
     def _remove(self, instance: _Instance) -> None:
+        if instance.name in self._shadows:
+            self._drop_shadow(instance.name)
         self._charge(instance, -instance.allocation.gpu_share)
         key = (instance.node, instance.gpu)
         self._instances.pop(instance.name, None)

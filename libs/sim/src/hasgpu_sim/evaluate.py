@@ -16,7 +16,7 @@ from hasgpu_core.resources import DeviceInfo
 
 from hasgpu_sim.physics import Physics
 from hasgpu_sim.recording import RecordedLoad
-from hasgpu_sim.scenario import FunctionLoad, NodeLoss, Scenario, SimResult, Timing
+from hasgpu_sim.scenario import FunctionLoad, Moving, NodeLoss, Scenario, SimResult, Timing
 from hasgpu_sim.simulate import simulate
 from hasgpu_sim.surface import Surface, device_time_surface
 from hasgpu_sim.synthetic import synthetic_spec
@@ -49,6 +49,8 @@ class Settings:
     """Who has not been answered after so many SLOs (1 s at least) is dropped."""
     seed: int = 0
     losses: tuple[NodeLoss, ...] = ()
+    moves: bool = False
+    """The scheduler moves instances: to free GPUs, and to make room."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -171,6 +173,7 @@ def scenario_of(
         lend=settings.lend,
         lead_s=LEAD_S,
         losses=settings.losses,
+        moving=Moving() if settings.moves else None,
         sparse=sparse,
         sample_s=0.0 if sparse else 1.0,
     )

@@ -19,7 +19,7 @@ from hasgpu_core.resources import WHOLE_PERMILLE
 from hasgpu_sim.event_queue import EventQueue
 from hasgpu_sim.lending import Lender, Run
 from hasgpu_sim.physics import Bucket, Gate, Physics
-from hasgpu_sim.scenario import FunctionLoad
+from hasgpu_sim.scenario import FunctionLoad, Timing
 from hasgpu_sim.surface import Surface
 
 BATCH_CREDITS = 2
@@ -123,7 +123,7 @@ class FunctionGateway:
         load: FunctionLoad,
         events: EventQueue,
         *,
-        window_s: float,
+        timing: Timing,
         physics: Physics,
         cache: LatencyCache,
         hooks: GatewayHooks,
@@ -136,7 +136,8 @@ class FunctionGateway:
         self._timeout_s = spec.timeout_ms / 1e3
         self._rows = load.rows
         self._events = events
-        self._window_s = window_s
+        self._window_s = timing.window_s
+        self._transport_s = timing.transport_s
         self._physics = physics
         self._cache = cache
         self._hooks = hooks
@@ -240,6 +241,19 @@ class FunctionGateway:
         route.draining = True
         route.on_empty = on_empty
         self._reopen()
+
+    def move(self, instance: str, on_empty: Callable[[], None]) -> str:
+        """Lets an instance's old place answer what it has under a name of its own, and calls back then.
+
+        The caller sets a route to the new place first thing after this. Returns that name.
+        """
+        old = f"{instance}~"
+        route = self._routes.pop(instance, None)
+        if route is not None:
+            route.instance = old
+            self._routes[old] = route
+        self.drain(old, on_empty)
+        return old
 
     def undrain(self, route: Route) -> None:
         """An instance that was being parked becomes active again."""
@@ -379,7 +393,7 @@ class FunctionGateway:
                 route.quota_permille,
                 route.limit_permille,
                 lambda quota_permille: self._cache.of(source, sm_pct, quota_permille)[rows],
-                partial(self._finish, route),
+                partial(self._done, route),
             )
             self._lender.start(route.row, route.run)
             return
@@ -387,7 +401,7 @@ class FunctionGateway:
         route.busy_until_s = now_s + took_s
         if len(route.batches) > 1:
             route.busy_until_s += sum(route.latencies_s[len(later) * self._rows] for later in list(route.batches)[1:])
-        self._events.at(now_s + took_s, partial(self._finish, route))
+        self._events.at(now_s + took_s, partial(self._done, route))
 
     def _took_s(self, route: Route, now_s: float, rows: int) -> float:
         """What the device takes."""
@@ -395,17 +409,27 @@ class FunctionGateway:
             source = route.surface or route.table
             return self._cache.of(source, route.sm_pct, route.quota_permille)[rows]
         # The gate lends what is idle to all who want it, in turn: of a row with n busy instances each gets about 1 / n.
-        part_permille = WHOLE_PERMILLE // max(1, self._rows_busy[route.row])
+        busy_count = max(1, self._rows_busy[route.row])
+        device_s = route.surface.device_s(rows, route.sm_pct)
+        host_s = max(0.0, self._cache.of(route.surface, route.sm_pct, WHOLE_PERMILLE)[rows] - device_s)
+        part_permille = WHOLE_PERMILLE // busy_count
         took_s, borrowed_s = route.gate.run(
             now_s,
-            self._cache.of(route.surface, route.sm_pct, WHOLE_PERMILLE)[rows],
+            device_s,
             request_permille=route.quota_permille,
             limit_permille=max(route.quota_permille, min(route.limit_permille, part_permille)),
-            alone=True,
+            alone=busy_count == 1,
         )
         if borrowed_s > 0:
             self._hooks.borrowed(self._spec.name, borrowed_s * route.sm_pct / 100)
-        return took_s
+        return took_s + host_s
+
+    def _done(self, route: Route) -> None:
+        """The device has run a batch; its answer is on the way."""
+        if self._transport_s > 0:
+            self._events.after(self._transport_s, partial(self._finish, route))
+        else:
+            self._finish(route)
 
     def _finish(self, route: Route) -> None:
         if route.gone:

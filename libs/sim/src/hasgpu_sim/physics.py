@@ -4,15 +4,17 @@
 lent: a share has its request and no more.
 
 `device-time`: the batch needs the device time of the profile at quota 100, and the gate gives it out as the live one
-does: an instance's bucket fills at its request's rate up to one window's worth; while it has tokens the batch runs, and
-after that at the rate of the request. While no other instance of the row is busy it may run on up to its limit, out of
-a second bucket that fills at the limit's rate; while n are busy each gets an n-th part of the row, if that is less.
-What it uses beyond its request is charged as borrowed. Between segments of at most 5 ms the real gate overshoots by
-less than one; here device time is a fluid.
+does, in segments: an instance's bucket fills at its request's rate up to one window's worth, and while it has tokens
+the next segment runs, though that may overdraw it (the debt is carried); without tokens it waits, or borrows, as far as
+a second bucket that fills at the limit's rate allows. While n instances of a row are busy, each gets an n-th part of it
+as its limit, if that is less. A segment that began without tokens is charged as borrowed, whole; while nobody else is
+busy, an instance is charged after `CREDIT_S` at the earliest. That matters where a request is small: a segment that
+begins with a millisecond of tokens is all the instance's own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +22,12 @@ from hasgpu_core.resources import WHOLE_PERMILLE
 
 WINDOW_S = 0.040
 """Of the gate."""
+SEGMENT_S = 0.005
+"""Longest segment; a batch is as many of these as it takes, and a rest."""
+CREDIT_S = WINDOW_S / 4
+"""What may be used in one while nobody waits, as far as the bucket lets."""
+_LEAST_S = 1e-9
+"""Of device time: so much or less is none."""
 
 
 class Physics(Enum):
@@ -43,18 +51,6 @@ class Bucket:
         self.tokens_s = min(rate * WINDOW_S, self.tokens_s + rate * max(0.0, now_s - self.filled_s))
         self.filled_s = now_s
 
-    def run(self, device_s: float, permille: int) -> float:
-        """Takes a batch's device time; returns how long it takes until all of it has been given."""
-        rate = permille / WHOLE_PERMILLE
-        if rate >= 1.0:
-            took_s = device_s
-        else:
-            burst_s = min(device_s, self.tokens_s / (1.0 - rate))
-            took_s = burst_s + (device_s - burst_s) / rate
-            self.tokens_s -= burst_s * (1.0 - rate)
-        self.filled_s += took_s
-        return took_s
-
 
 @dataclass(slots=True)
 class Gate:
@@ -72,16 +68,40 @@ class Gate:
             now_s: Its start.
             device_s: What it needs.
             request_permille: Guaranteed.
-            limit_permille: To be used while `alone`.
+            limit_permille: To be used where the row is idle.
             alone: No other instance of the row is busy.
         """
-        self.request.fill(now_s, request_permille)
-        self.limit.fill(now_s, limit_permille)
-        if not alone or limit_permille <= request_permille:
-            return self.request.run(device_s, request_permille), 0.0
-        own_s = self.request.tokens_s
-        took_s = self.limit.run(device_s, limit_permille)
-        paid_s = own_s + took_s * request_permille / WHOLE_PERMILLE
-        self.request.tokens_s = max(0.0, paid_s - device_s)
-        self.request.filled_s = now_s + took_s
-        return took_s, max(0.0, device_s - paid_s)
+        at_s, left_s, borrowed_s = now_s, device_s, 0.0
+        lends = limit_permille > request_permille
+        self._fill(at_s, request_permille, limit_permille)
+        while left_s > _LEAST_S:
+            bounded = lends and limit_permille < WHOLE_PERMILLE
+            if bounded and self.limit.tokens_s <= _LEAST_S:
+                at_s += (2 * _LEAST_S - self.limit.tokens_s) * WHOLE_PERMILLE / limit_permille
+                self._fill(at_s, request_permille, limit_permille)
+                continue
+            entitled = self.request.tokens_s > _LEAST_S
+            if not entitled and not lends:
+                at_s += (2 * _LEAST_S - self.request.tokens_s) * WHOLE_PERMILLE / request_permille
+                self._fill(at_s, request_permille, limit_permille)
+                continue
+            most_s = SEGMENT_S
+            if alone:
+                credit_s = min(CREDIT_S, self.request.tokens_s) if entitled else CREDIT_S
+                credit_s = min(credit_s, self.limit.tokens_s) if bounded else credit_s
+                most_s *= max(1, math.ceil(credit_s / SEGMENT_S - _LEAST_S))
+            used_s = min(left_s, most_s)
+            left_s -= used_s
+            at_s += used_s
+            # Charged at its end: a bucket that was full meanwhile has not filled.
+            self._fill(at_s, request_permille, limit_permille)
+            self.limit.tokens_s -= used_s
+            if entitled:
+                self.request.tokens_s -= used_s
+            else:
+                borrowed_s += used_s
+        return at_s - now_s, borrowed_s
+
+    def _fill(self, at_s: float, request_permille: int, limit_permille: int) -> None:
+        self.request.fill(at_s, request_permille)
+        self.limit.fill(at_s, limit_permille)

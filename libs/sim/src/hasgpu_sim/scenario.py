@@ -59,6 +59,8 @@ class Timing:
     """From a decision to the quota in force."""
     window_s: float = 5.0
     """Over which the gateway takes its percentiles."""
+    transport_s: float = 0.0
+    """What the way to an instance and back adds to a batch, beside what the device takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,30 @@ class NodeLoss:
     node: str
     at_s: float
     back_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDrain:
+    """From then on a node takes nothing new, and what serves there is moved away."""
+
+    node: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """How the scheduler moves instances; values as its own settings have them."""
+
+    at_once: int = 2
+    """Moves under way at a time."""
+    period_s: float = 30.0
+    """Between two looks for a GPU to free or room to make."""
+    cooldown_s: float = 600.0
+    """After it was placed, and after a move, an instance stays for so long, unless it must leave."""
+    headroom_permille: int = 100
+    """Left free in a row that gets an instance beside others."""
+    most_moves: int = 16
+    """Of one plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +111,9 @@ class Scenario:
     lead_s: float = 0.0
     """The functions are deployed this long before time 0 of their arrivals; cost and actions count from then on."""
     losses: tuple[NodeLoss, ...] = ()
+    drains: tuple[NodeDrain, ...] = ()
+    moving: Moving | None = None
+    """None: nothing is moved."""
     sparse: bool = False
     """For many functions over hours: a function is looked at when its last decision asked for it, or when requests wait
     or its instances change, and its gateway reports then; nothing is recorded. Otherwise at every tick."""
@@ -109,6 +138,8 @@ class FunctionResult:
     gpu_seconds: float
     """Integral of SM share times request over its instances, from binding to the end of each, and what was borrowed."""
     actions: Mapping[ActionKind, int]
+    borrowed_gpu_seconds: float = 0.0
+    """What of them was borrowed beyond the requests."""
     violated_s: Sequence[float] = ()
     """Times of arrival of those answered late, refused or lost, counted from the end of the lead, ascending."""
 
@@ -157,6 +188,8 @@ class SimResult:
     """Those with actions, with their time."""
     shares: Sequence[ShareSample]
     recording: RecordedLoad
+    moves: Sequence[tuple[float, str, str, str]] = ()
+    """(time, instance, "node/gpu" before, "node/gpu" after) of each that was completed."""
     gpus_peak: int = 0
     """Most GPUs that held an instance at once."""
     decide_s: Sequence[float] = field(default_factory=lambda: array("d"), compare=False)

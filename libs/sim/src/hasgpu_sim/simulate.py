@@ -19,6 +19,7 @@ from hasgpu_sim.cluster import Cluster
 from hasgpu_sim.event_queue import EventQueue
 from hasgpu_sim.gateway import FunctionGateway, GatewayHooks, LatencyCache
 from hasgpu_sim.lending import Lender
+from hasgpu_sim.moves import Mover
 from hasgpu_sim.physics import Physics
 from hasgpu_sim.recording import (
     InitialDesired,
@@ -49,6 +50,7 @@ class _World:
         self._shares: list[ShareSample] = []
         self._actions: dict[str, Counter[ActionKind]] = {load.spec.name: Counter() for load in scenario.functions}
         self._lead_gpu_seconds: dict[str, float] = {}
+        self._lead_borrowed: dict[str, float] = {}
         self._stopwatch = stopwatch
         self._decide_s = array("d")
         observer = None
@@ -64,7 +66,7 @@ class _World:
             load.spec.name: FunctionGateway(
                 load,
                 self._events,
-                window_s=scenario.timing.window_s,
+                timing=scenario.timing,
                 physics=scenario.physics,
                 cache=cache,
                 hooks=hooks,
@@ -92,6 +94,10 @@ class _World:
             self._events.at(scenario.lead_s + loss.at_s, partial(self._cluster.lose, loss.node))
             if loss.back_s is not None:
                 self._events.at(scenario.lead_s + loss.back_s, partial(self._cluster.regain, loss.node))
+        for drain in scenario.drains:
+            self._events.at(scenario.lead_s + drain.at_s, partial(self._cluster.drain_node, drain.node))
+        if scenario.moving is not None:
+            self._events.at(0.0, Mover(scenario.moving, self._events, self._cluster).look)
         if scenario.lead_s > 0:
             self._events.at(scenario.lead_s, self._begin)
         self._heartbeat()
@@ -104,6 +110,7 @@ class _World:
             decisions=tuple(self._decisions),
             shares=tuple(self._shares),
             recording=RecordedLoad(tuple(self._entries)),
+            moves=tuple((at_s - scenario.lead_s, name, old, new) for at_s, name, old, new in self._cluster.moves),
             gpus_peak=self._cluster.gpus_peak,
             decide_s=array("d", sorted(self._decide_s)),
         )
@@ -140,6 +147,7 @@ class _World:
         """The lead is over: from here on it counts."""
         for name in self._gateways:
             self._lead_gpu_seconds[name] = self._cluster.gpu_seconds(name)
+            self._lead_borrowed[name] = self._cluster.borrowed_gpu_seconds(name)
             self._actions[name].clear()
 
     def _tell(self, event: RecordedEvent) -> None:
@@ -251,6 +259,7 @@ class _World:
             slo_s=load.spec.slo_s,
             gpu_seconds=self._cluster.gpu_seconds(name) - self._lead_gpu_seconds.get(name, 0.0),
             actions={kind: self._actions[name][kind] for kind in ActionKind},
+            borrowed_gpu_seconds=self._cluster.borrowed_gpu_seconds(name) - self._lead_borrowed.get(name, 0.0),
             violated_s=array("d", sorted(at_s - self._scenario.lead_s for at_s in gateway.violated_s)),
         )
 

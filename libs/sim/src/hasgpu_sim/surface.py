@@ -13,13 +13,14 @@ import gzip
 import io
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hasgpu_core.capacity import CapacityPoint, CapacityTable, capacity_rps
 from hasgpu_core.errors import InvalidError, NotFoundError
 from hasgpu_core.profile import Profile
+from hasgpu_core.resources import WHOLE_PERMILLE
 
 COLUMNS = ("model", "batch", "sm_pct", "quota_pct", "latency_ms")
 Cell = tuple[int, int, int]
@@ -36,6 +37,8 @@ class Surface:
     cells_s: Mapping[Cell, float]
     filled: frozenset[Cell] = frozenset()
     """Cells that were not measured."""
+    device_times_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """For how long a batch holds the device, by (batch, sm_pct); without: its latency at the whole quota."""
     _points: dict[int, tuple[CapacityPoint, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     batches: tuple[int, ...] = field(init=False)
     sm_pcts: tuple[int, ...] = field(init=False)
@@ -58,16 +61,25 @@ class Surface:
         """
         sm_pct = _floor(self.sm_pcts, sm_pct)
         quota = _floor(self.quotas_permille, quota_permille)
-        scale = max(1.0, quota / quota_permille)
+        return max(1.0, quota / quota_permille) * self._at(batch, lambda b: self.cells_s[b, sm_pct, quota])
+
+    def device_s(self, batch: int, sm_pct: int) -> float:
+        """Returns for how long a batch holds the device; the rest of its latency at the whole quota is the host's."""
+        if not self.device_times_s:
+            return self.latency_s(batch, sm_pct, WHOLE_PERMILLE)
+        sm_pct = _floor(self.sm_pcts, sm_pct)
+        return self._at(batch, lambda b: self.device_times_s[b, sm_pct])
+
+    def _at(self, batch: int, value: Callable[[int], float]) -> float:
+        """What lies at a batch, on a line between values at grid sizes."""
         at = bisect_left(self.batches, batch)
         if at < len(self.batches) and self.batches[at] == batch:
-            return scale * self.cells_s[batch, sm_pct, quota]
+            return value(batch)
         if at == len(self.batches):
             last = self.batches[-1]
-            return scale * self.cells_s[last, sm_pct, quota] * batch / last
+            return value(last) * batch / last
         low, high = self.batches[max(at - 1, 0)], self.batches[at]
-        low_s, high_s = self.cells_s[low, sm_pct, quota], self.cells_s[high, sm_pct, quota]
-        return scale * (low_s + (high_s - low_s) * (batch - low) / max(1, high - low))
+        return value(low) + (value(high) - value(low)) * (batch - low) / max(1, high - low)
 
     def table(self, function: str, slo_ms: int) -> CapacityTable:
         """Returns the surface as a capacity table, as rapp would publish it; says when nothing meets the objective."""
@@ -134,23 +146,31 @@ def _parsed(path: Path, number: int, row: Mapping[str, str]) -> tuple[Cell, floa
     return cell, latency_s
 
 
-def from_profile(profile: Profile, model: str) -> Surface:
+def from_profile(profile: Profile, model: str, *, emulated: bool = False) -> Surface:
     """Returns a hasgpu profile's surface: measured latencies where there are any, else device time over quota.
+
+    Args:
+        profile: The profile.
+        model: One of its models.
+        emulated: Of the device that is emulated from it, which passes a batch's device time and no time of a host.
 
     Raises:
         NotFoundError: The profile has no such model.
     """
     times = profile.device_times(model)
     cells: dict[Cell, float] = {}
+    device_s: dict[tuple[int, int], float] = {}
     for batch in times.batches:
         for sm_pct in times.sm_pcts:
+            device_s[batch, sm_pct] = times.device_time_us(batch, sm_pct) / 1e6
             for quota in _QUOTAS_PERMILLE:
-                cells[batch, sm_pct, quota] = times.device_time_us(batch, sm_pct) / 1e6 * 1000 / quota
+                cells[batch, sm_pct, quota] = device_s[batch, sm_pct] * WHOLE_PERMILLE / quota
     measured = {
         (row.batch, row.sm_pct, row.quota_permille): row.latency_us / 1e6 for row in profile.rows if row.model == model
     }
-    cells |= {cell: latency_s for cell, latency_s in measured.items() if cell in cells}
-    return Surface(model, profile.header.device_model, cells, frozenset(set(cells) - set(measured)))
+    if not emulated:
+        cells |= {cell: latency_s for cell, latency_s in measured.items() if cell in cells}
+    return Surface(model, profile.header.device_model, cells, frozenset(set(cells) - set(measured)), device_s)
 
 
 def load_surfaces(path: Path, models: Iterable[str] | None = None) -> dict[str, Surface]:
@@ -165,13 +185,13 @@ def load_surfaces(path: Path, models: Iterable[str] | None = None) -> dict[str, 
 
 
 def device_time_surface(surface: Surface) -> Surface:
-    """Returns the surface under the `device-time` physics: device time at quota 100 over the quota."""
-    whole = surface.quotas_permille[-1]
-    cells = {
-        (batch, sm_pct, quota): surface.cells_s[batch, sm_pct, whole] * 1000 / quota
-        for batch, sm_pct, quota in surface.cells_s
-    }
-    return Surface(surface.model, surface.device_model, cells, surface.filled)
+    """Returns the surface under the `device-time` physics: device time over the quota, and what the host adds."""
+    cells = {}
+    for batch, sm_pct, quota in surface.cells_s:
+        device_s = surface.device_s(batch, sm_pct)
+        host_s = max(0.0, surface.cells_s[batch, sm_pct, surface.quotas_permille[-1]] - device_s)
+        cells[batch, sm_pct, quota] = device_s * WHOLE_PERMILLE / quota + host_s
+    return replace(surface, cells_s=cells)
 
 
 def filled_surface(model: str, device_model: str, measured_s: Mapping[Cell, float]) -> Surface:

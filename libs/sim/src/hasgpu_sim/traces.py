@@ -32,6 +32,8 @@ from hasgpu_core.errors import InvalidError, NotFoundError
 
 from hasgpu_sim.arrivals import Process, RateStep, arrival_times_s
 
+CODE = "utf-8-sig"
+"""What spreadsheets put before the first column does not belong to its name."""
 STAGE_S = 5.0
 MINUTE_S = 60.0
 DAYS_SUMMED = 14
@@ -85,7 +87,7 @@ def load_trace(
         raise InvalidError("rate_scale", expected="more than 0", got=str(rate_scale))
     rng = Random(seed)  # noqa: S311  a simulation is reproduced from its seed
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding=CODE) if path.suffix == ".gz" else path.open(encoding=CODE) as file:
             rows = csv.reader(file)
             header = [title.strip() for title in next(rows, [])]
             reader = _reader(header)
@@ -93,12 +95,18 @@ def load_trace(
                 raise InvalidError(
                     f"trace {path}",
                     expected="columns t_s, or set and rps, or count, or fn and c0 ..., or HashFunction and 1 ...",
-                    got=", ".join(header[:6]) or "nothing",
+                    got=repr(", ".join(header[:6])) if any(header) else "nothing",
                 )
+            if part and reader not in (_read_stages, _read_functions):
+                raise NotFoundError("trace part", part, f"{path} is one trace, without parts")
             name = path.name.split(".")[0] + (f":{part}" if part else "")
             return reader(_Source(path, header, rows), name, part, process, rate_scale, rng)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise InvalidError(f"trace {path}", expected="a CSV file, plain or gzipped", got=str(error)) from error
+        raise InvalidError(f"trace {path}", expected="a CSV file, plain or gzipped", got=_why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from hasgpu_core.cluster import ClusterSnapshot, FunctionView
 from hasgpu_core.errors import NotFoundError
 from hasgpu_core.events import DesiredInstance, FunctionEvent, InstanceEvent
 from hasgpu_core.observe import ClusterObserver
+from hasgpu_core.policy.advisory import missing_minimum
 from hasgpu_core.policy.scaling import Decision, PolicyState, ScalingPolicy
 from hasgpu_core.ports import Clock
 from hasgpu_core.resources import InstanceState
@@ -115,7 +116,8 @@ class ScalerCore:
     def tick(self, now_s: float) -> tuple[Decision, ...]:
         """Runs the policy on a snapshot; returns one decision a function that is not in advisory mode.
 
-        Those that are get theirs after all others, from the room that is left: `advised` has them.
+        Those that are get theirs after all others, from the room that is left: `advised` has them. Of these only what
+        gives a function its `min` instances is among the decisions.
         """
         unix_ns = self._clock.unix_ns()
         for name in self._functions:
@@ -132,6 +134,8 @@ class ScalerCore:
         self._advised = ()
         if advisory:
             self._advise(replace(snapshot, functions=advisory), now_s)
+            floors = (missing_minimum(self._views[advice.function], advice) for advice in self.advised)
+            decisions += tuple(floor for floor in floors if floor is not None)
         if self._recorder is not None:
             self._recorder.tick(self.policy.name, decisions, self._advised, now_s)
         return decisions

@@ -11,6 +11,7 @@ from hasgpu_core.events import DesiredInstance
 from hasgpu_core.policy.placement import NoRoom, occupy, place
 from hasgpu_core.policy.scaling import Action, ActionKind, Decision
 from hasgpu_core.resources import (
+    PARKED_QUOTA_PERMILLE,
     SMALLEST_QUOTA_PERMILLE,
     WHOLE_PERMILLE,
     Allocation,
@@ -251,6 +252,7 @@ def _activated(
     table = view.tables.get(seen.device_model)
     feasible = table.feasible() if table is not None else ()
     quotas = sorted({point.quota_permille for point in feasible if point.sm_pct == parked.sm_pct})
+    quotas = [quota for quota in quotas if quota > PARKED_QUOTA_PERMILLE]
     if request.request_permille is not None:
         permille = request.request_permille
     elif active:
@@ -285,7 +287,12 @@ def _allocation_with_room(
         options = [_largest(active)]
     else:
         points = sorted(
-            {(p.sm_pct, p.quota_permille) for table in view.tables.values() for p in table.feasible()},
+            {
+                (p.sm_pct, p.quota_permille)
+                for table in view.tables.values()
+                for p in table.feasible()
+                if p.quota_permille > PARKED_QUOTA_PERMILLE  # who has no more than that counts as parked
+            },
             key=lambda p: (p[0] * p[1], p),
         )
         rungs = sorted({rung for device in devices for rung in device.info.sm_rungs_pct}, reverse=True)

@@ -60,6 +60,23 @@ def apply_growth(draft: Draft, room: Room, grown: Mapping[str, int]) -> None:
         draft.set_request(share, permille)
 
 
+def own_shape(draft: Draft, room: Room, settings: ScalingSettings) -> None:
+    """Brings ready instances that another policy left to whole quota steps and to this one's limit.
+
+    Quotas are rounded up, where the row has room: nothing gets slower by it, and what is too much comes down later.
+    """
+    step = settings.quota_step_permille
+    for share in draft.ready:
+        request_permille = share.allocation.request_permille
+        permille = min(WHOLE_PERMILLE, -(-request_permille // step) * step)
+        if share.view is None or share.allocation == draft.allocation(share.allocation.sm_pct, permille):
+            continue
+        row = (share.view.node, share.view.gpu, share.view.row)
+        if permille - request_permille <= room.free_permille(*row):
+            room.take(*row, permille - request_permille)
+            draft.set_request(share, permille)
+
+
 def activate_standbys(draft: Draft, room: Room, missing_rps: float, settings: ScalingSettings) -> float:
     """Activates ready standbys, each at its smallest adequate quota; returns what is missing after that."""
     ready = [share for share in draft.standbys if share.ready]

@@ -28,6 +28,7 @@ from hasgpu_core.policy._grow import (
     add_instances,
     apply_growth,
     growth,
+    own_shape,
     park_new,
 )
 from hasgpu_core.policy._need import Need, need_of, predict, violated
@@ -210,6 +211,7 @@ class HasGpuPolicy:
     def _scale(self, look: _Look, need: Need, room: Room, now_s: float) -> None:
         """Grows or shrinks by the need."""
         draft, settings = look.draft, look.settings
+        own_shape(draft, room, settings)
         if need.need_rps > look.capacity_rps + EPSILON_RPS:
             look.state = replace(look.state, below_since_s=None, spare_since_s=None)
             self._grow(look, need, room, now_s)
@@ -312,7 +314,8 @@ def _urgency(look: _Look) -> tuple[bool, float, str]:
 
 
 def _on_its_way(view: InstanceView) -> bool:
-    return view.state not in (InstanceState.READY, InstanceState.FAILED)
+    """Whether it waits for its worker; loading is bounded by its agent, since large weights take minutes."""
+    return view.state not in (InstanceState.READY, InstanceState.FAILED, InstanceState.LOADING)
 
 
 def _refused(view: InstanceView) -> bool:

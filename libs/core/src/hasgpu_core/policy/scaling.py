@@ -107,6 +107,8 @@ class FunctionState:
     """By instance: since when it has been on its way to READY."""
     refused_since_s: Mapping[str, float] = field(default_factory=dict)
     """By instance: since when its agent has been refusing the quota desired."""
+    foreign: frozenset[str] | None = None
+    """Instances of another policy's shape that a rival found there, and replaces; None: it has not looked yet."""
     own: object = None
     """What policies other than HasGpuPolicy remember, a frozen value of their own; None: nothing yet."""
 
@@ -167,7 +169,7 @@ class ScalingSettings:
     feedback_hold_s: float = 15.0
     """How long its demand stays after the last violation."""
     start_timeout_s: float = 60.0
-    """An instance that has been on its way for longer is taken for failed."""
+    """An instance that has waited for its worker for longer is taken for failed; loading is bounded by its agent."""
     refused_after_s: float = 1.0
     """A quota that has been refused for longer is no capacity."""
     start_sm_pct: int = 50

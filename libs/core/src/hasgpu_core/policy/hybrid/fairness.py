@@ -54,17 +54,26 @@ def order(function: FunctionView, *, ready: bool, covered: float) -> tuple[int, 
     return (spec.slo_class.rank, ready, covered / spec.weight, spec.name)
 
 
+def may_give(function: FunctionView) -> bool:
+    """Whether instances of a function may be given up for others at all: it has some that hold room."""
+    if function.held or function.spec.advisory:
+        return False
+    return any(view.node for view in function.instances)
+
+
 def victims(mine: FunctionView, drafts: Iterable[Draft], *, ready: bool) -> list[Victim]:
     """Returns what may be given up for a function, in the order in which it is."""
-    rank = mine.spec.slo_class.rank
+    own_class = mine.spec.slo_class
     found: list[Victim] = []
     for draft in drafts:
         spec = draft.function.spec
-        other = spec.slo_class.rank
-        if spec.name == mine.spec.name or draft.function.held or spec.advisory or other < rank:
+        if spec.name == mine.spec.name or draft.function.held or spec.advisory:
             continue
-        found += [Victim(draft, share, 1) for share in draft.standbys]
-        if other == rank:
+        equal = spec.slo_class is own_class
+        if not equal and spec.slo_class.rank < own_class.rank:
+            continue
+        found += [Victim(draft, share, 1) for share in draft.shares if share.standby]
+        if equal:
             continue
         active = sorted(draft.active, key=lambda share: (not share.ready, share.instance))
         found += [Victim(draft, share, 2) for share in active[1:]]
@@ -75,18 +84,21 @@ def victims(mine: FunctionView, drafts: Iterable[Draft], *, ready: bool) -> list
 
 def enough_of(candidates: Sequence[Victim], wanted: Wanted, devices: Sequence[DeviceState]) -> list[Victim]:
     """Returns the fewest that make room on one device, on that where the last of them comes first; none: none do."""
+    on: dict[tuple[str, str], list[Victim]] = {}
+    for victim in candidates:
+        if victim.share.view is not None:
+            on.setdefault((victim.share.view.node, victim.share.view.gpu), []).append(victim)
+    if not on:
+        return []
     best: tuple[tuple[object, ...], list[Victim]] | None = None
     for device in devices:
-        if device.info.model != wanted.device_model or wanted.sm_pct not in device.info.sm_rungs_pct:
+        info = device.info
+        here = on.get((info.node, info.gpu))
+        if here is None or info.model != wanted.device_model or wanted.sm_pct not in info.sm_rungs_pct:
             continue
-        here = [
-            v
-            for v in candidates
-            if v.share.view is not None and (v.share.view.node, v.share.view.gpu) == (device.info.node, device.info.gpu)
-        ]
         chosen = _on_device(here, wanted, device)
         if chosen:
-            key = (*chosen[-1].key[:4], len(chosen), device.info.node, device.info.gpu)
+            key = (*chosen[-1].key[:4], len(chosen), info.node, info.gpu)
             if best is None or key < best[0]:
                 best = (key, chosen)
     return best[1] if best else []

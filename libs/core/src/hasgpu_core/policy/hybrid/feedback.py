@@ -74,7 +74,9 @@ def observe(
         settings: The policy's.
     """
     if not late(demand, slo_s):
-        return _eased(replace(feedback, late_since_s=None), now_s, settings)
+        if feedback.late_since_s is not None:
+            feedback = replace(feedback, late_since_s=None)
+        return _eased(feedback, now_s, settings)
     feedback = replace(feedback, late_s=now_s)
     if not suffices:
         return replace(feedback, late_since_s=None)

@@ -9,17 +9,24 @@ from dataclasses import dataclass, field, replace
 from hasgpu_core.policy.hybrid.settings import HybridSettings
 from hasgpu_core.policy.hybrid.spacing import Spacing
 
-_FORGET = 0.97
-"""By how much older counts weigh less, a bin."""
+_FORGET, _FORGET_SLOWLY = 0.97, 0.995
+"""By how much older counts weigh less, a bin: the last 33 and the last 200 bins."""
+_KNOWN, _LONG_KNOWN = 16.0, 80.0
+"""So many items count as Poisson beforehand."""
+_BURSTY_ABOVE, _BURSTY_BELOW = 0.35, 0.2
+"""Of what is remembered for long, beyond Poisson: 3 and 2 standard deviations of its estimate."""
 _ITEMS_A_BIN = 4.0
 _SHORTEST_BIN_S, _LONGEST_BIN_S = 0.25, 5.0
 _MOST_OF_ITEMS = 2.0
 _KEPT_FINE_S = 5.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class History:
-    """Arrivals of one function: totals at the last looks, and the peaks of a longer time."""
+    """Arrivals of one function: totals at the last looks, and the peaks of a longer time.
+
+    A value that nobody changes, save `observe` the new one before it returns it: thousands are made in a pass.
+    """
 
     fine: tuple[tuple[float, int], ...] = ()
     """(time, total so far), oldest first, of the last seconds."""
@@ -37,6 +44,12 @@ class History:
     """Discounted sum of squared differences of neighbouring bins, halved."""
     counted: float = 0.0
     """Discounted sum of the items of these bins."""
+    long_spread: float = 0.0
+    long_counted: float = 0.0
+    """The same, discounted less."""
+    bursty: bool = False
+    """Whether arrivals come in bursts: the counts of the last bins vary so much more than Poisson ones that it can't be
+    chance, or those of many bins vary somewhat more; until neither looks like it."""
     spacing: Spacing = field(default_factory=Spacing)
     """Whether arrivals keep their distance."""
 
@@ -55,7 +68,7 @@ class History:
 
     def burst_rps(self, settings: HybridSettings) -> float:
         """Returns the largest rate of short windows where arrivals come in bursts; 0 where they don't."""
-        return self.bursts[0][1] if self.bursts and self.dispersion > settings.bursty_above else 0.0
+        return self.bursts[0][1] if self.bursts and self.bursty else 0.0
 
 
 def observe(history: History, total: int | None, now_s: float, settings: HybridSettings) -> History:
@@ -88,7 +101,8 @@ def observe(history: History, total: int | None, now_s: float, settings: HybridS
         peaks=_peaks(history.peaks, rate, now_s, settings.lookback_s),
         bursts=_peaks(history.bursts, short_rate, now_s, settings.burst_lookback_s),
     )
-    return _binned(history, total, now_s)
+    _fill_bin(history, total, now_s, settings)
+    return history
 
 
 def _count(fine: tuple[tuple[float, int], ...], now_s: float, window_s: float) -> tuple[float, float]:
@@ -117,24 +131,28 @@ def _spread_factor(history: History) -> float:
     return math.sqrt(min(2.0, max(0.1, history.dispersion)))
 
 
-def _binned(history: History, total: int, now_s: float) -> History:
+def _fill_bin(history: History, total: int, now_s: float, settings: HybridSettings) -> None:
     """Counts by bins that hold a few items each, whose differences tell regular from random arrivals."""
     elapsed_s = now_s - history.bin_start_s
     if elapsed_s < history.bin_s - 1e-6:
-        return history
+        return
     items = float(total - history.bin_total)
     rate = items / elapsed_s
     before = history.bin_rate_rps
-    history = replace(
-        history,
-        bin_start_s=now_s,
-        bin_total=total,
-        bin_s=min(max(_ITEMS_A_BIN / max(rate, 1e-6), _SHORTEST_BIN_S), _LONGEST_BIN_S),
-        bin_rate_rps=rate,
-    )
+    history.bin_start_s = now_s
+    history.bin_total = total
+    history.bin_s = min(max(_ITEMS_A_BIN / max(rate, 1e-6), _SHORTEST_BIN_S), _LONGEST_BIN_S)
+    history.bin_rate_rps = rate
     if before is None:
-        return history
+        return
     # The difference of two counts has twice the variance of one. A step of the rate is no dispersion: it is bounded.
     squared = min((items - before * elapsed_s) ** 2 / 2, _MOST_OF_ITEMS * items)
-    spread, counted = _FORGET * history.spread + squared, _FORGET * history.counted + items
-    return replace(history, spread=spread, counted=counted)
+    history.spread = spread = _FORGET * history.spread + squared
+    history.counted = counted = _FORGET * history.counted + items
+    history.long_spread = long_spread = _FORGET_SLOWLY * history.long_spread + squared
+    history.long_counted = long_counted = _FORGET_SLOWLY * history.long_counted + items
+    beyond = 1 + (spread - counted) / (counted + _KNOWN)
+    long_beyond = (long_spread - long_counted) / (long_counted + _LONG_KNOWN)
+    long_limit = _BURSTY_BELOW if history.bursty else _BURSTY_ABOVE
+    limit = settings.bursty_above if settings.lend else settings.bursty_reserved_above
+    history.bursty = beyond > limit or long_beyond > long_limit

@@ -12,6 +12,13 @@ and the set sustains the largest rate at which that is at most the share of late
 most a part of the throughput c B / L(B). For w <= 0 (two services fit into the objective) one instance is enough
 however often requests collide, since who waits goes with the next batch.
 
+**Clumps.** Where a part q of the requests brings another one with it at once, j or more of its own clump came before a
+request with probability q^j, and it is late when these and the N of the last w are too many:
+
+    P(late) <= P(N + J >= k),        P(J >= j) = q^j
+
+with k = c, or c (1 + b) where after a batch of one another of b still ends in time: 2 L(1) <= L(1) + L(b) <= S.
+
 **Regular arrivals.** At distances of 1 / rate an instance is free again when `L(1) <= c / rate`; beyond that, batches
 of b = rate L(b) / c form, and two services have to fit into the objective.
 
@@ -70,26 +77,46 @@ def poisson_tail(mean: float, count: int) -> float:
     return max(0.0, 1.0 - below) if count > 0 else 1.0
 
 
-def poisson_rps(latencies_s: Sequence[float], slo_s: float, count: int, settings: HybridSettings) -> float:
-    """Returns the Poisson rate that `count` instances sustain; `latencies_s[b - 1]` is a batch of b's."""
+def clump_tail(mean: float, count: int, more: float) -> float:
+    """Returns P(N + J >= count) of N Poisson with the mean and P(J >= j) = more^j."""
+    term = math.exp(-mean)
+    late = poisson_tail(mean, count)
+    for k in range(count):
+        late += term * more ** (count - k)
+        term *= mean / (k + 1)
+    return min(1.0, late)
+
+
+def poisson_rps(
+    latencies_s: Sequence[float], slo_s: float, count: int, settings: HybridSettings, *, clump: int = 0
+) -> float:
+    """Returns the Poisson rate that `count` instances sustain; `latencies_s[b - 1]` is a batch of b's.
+
+    `clump` tenths of the requests bring another one with them.
+    """
     if latencies_s[0] > settings.latency_margin * slo_s:
         return 0.0
     high = settings.fill * count * max((b + 1) / latency for b, latency in enumerate(latencies_s))
     low = 0.0
     for _ in range(_STEPS):
         rate = (low + high) / 2
-        if _late_share(latencies_s, slo_s, count, rate) <= settings.late_share:
+        if _late_share(latencies_s, slo_s, count, rate, clump) <= settings.late_share:
             low = rate
         else:
             high = rate
     return low
 
 
-def _late_share(latencies_s: Sequence[float], slo_s: float, count: int, rate_rps: float) -> float:
+def _late_share(latencies_s: Sequence[float], slo_s: float, count: int, rate_rps: float, clump: int) -> float:
     mean = rate_rps * latencies_s[0] / count
     batch = math.ceil(mean + _SIGMAS * math.sqrt(mean)) if count == 1 else math.ceil(mean)
     latency_s = latencies_s[min(max(batch, 1), len(latencies_s)) - 1]
-    return poisson_tail(rate_rps * (2 * latency_s - slo_s), count)
+    within = rate_rps * (2 * latency_s - slo_s)
+    late = poisson_tail(within, count)
+    if not clump:
+        return late
+    second = sum(latencies_s[0] + other_s <= slo_s for other_s in latencies_s)
+    return max(late, clump_tail(max(0.0, within), count * (1 + second), clump / 10))
 
 
 def regular_rps(latencies_s: Sequence[float], slo_s: float, count: int, settings: HybridSettings) -> float:
@@ -109,25 +136,27 @@ class Ladder:
     def __init__(self, sm_pct: int, options: Sequence[Option]) -> None:
         self.sm_pct = sm_pct
         self.options = sorted(options, key=lambda o: (o.count, o.quota_permille))
-        self._found: dict[int, Option] = {}
+        self._found: dict[tuple[int, int], Option] = {}
 
-    def cheapest(self, rate_rps: float) -> Option | None:
+    def cheapest(self, rate_rps: float, mostly_rps: float | None = None) -> Option | None:
         """Returns the cheapest option that sustains a rate, else the one that sustains most; None: there is none.
 
-        Rates are rounded up to steps of 2 %.
+        What they cost is compared at `mostly_rps`, where that is less: bursts are few. Rates are rounded up to steps of
+        2 %.
         """
         if not self.options:
             return None
         step = math.ceil(math.log(max(rate_rps, 0.01)) / _RATE_STEP)
-        found = self._found.get(step)
+        at = step if mostly_rps is None else min(step, math.ceil(math.log(max(mostly_rps, 0.01)) / _RATE_STEP))
+        found = self._found.get((step, at))
         if found is None:
-            rate = math.exp(step * _RATE_STEP)
+            rate, often_rps = math.exp(step * _RATE_STEP), math.exp(at * _RATE_STEP)
             able = [option for option in self.options if option.rate_rps >= min(rate, rate_rps * 1.02)]
             if able:
-                found = min(able, key=lambda o: (o.cost(rate), o.count, -o.rate_rps))
+                found = min(able, key=lambda o: (o.cost(often_rps), o.count, -o.rate_rps))
             else:
                 found = max(self.options, key=lambda o: (o.rate_rps, -o.count))
-            self._found[step] = found
+            self._found[step, at] = found
         return found
 
 
@@ -142,8 +171,8 @@ class Planner:
         self._most = most
         self._slo_s = table.slo_ms / 1e3
         self._latencies: dict[tuple[int, int], tuple[float, ...]] = {}
-        self._sustained: dict[tuple[int, int, int, bool], float] = {}
-        self._ladders: dict[tuple[int, bool], Ladder] = {}
+        self._sustained: dict[tuple[int, int, int, bool, int], float] = {}
+        self._ladders: dict[tuple[int, bool, int], Ladder] = {}
         self._chosen: dict[tuple[tuple[float, ...], bool], int | None] = {}
         self._sms = [sm for sm in sm_rungs if sm >= table.sm_pcts[0]] if table.points else []
         self._max_batch = max_batch
@@ -161,19 +190,24 @@ class Planner:
             known = self._latencies[key] = tuple(out)
         return known
 
-    def rate_rps(self, sm_pct: int, quota_permille: int, count: int, *, regular: bool) -> float:
+    def rate_rps(self, sm_pct: int, quota_permille: int, count: int, *, regular: bool, clump: int = 0) -> float:
         """Returns what `count` instances of a share sustain."""
-        key = (sm_pct, quota_permille, count, regular)
+        key = (sm_pct, quota_permille, count, regular, clump)
         rate = self._sustained.get(key)
         if rate is None:
             latencies = self.latencies_s(sm_pct, quota_permille)
-            find = regular_rps if regular else poisson_rps
-            rate = self._sustained[key] = find(latencies, self._slo_s, count, self._settings) if count else 0.0
+            if not count:
+                rate = 0.0
+            elif regular:
+                rate = regular_rps(latencies, self._slo_s, count, self._settings)
+            else:
+                rate = poisson_rps(latencies, self._slo_s, count, self._settings, clump=clump)
+            self._sustained[key] = rate
         return rate
 
-    def ladder(self, sm_pct: int, *, regular: bool) -> Ladder:
+    def ladder(self, sm_pct: int, *, regular: bool, clump: int = 0) -> Ladder:
         """Returns the options of an SM share."""
-        key = (sm_pct, regular)
+        key = (sm_pct, regular, clump)
         known = self._ladders.get(key)
         if known is None:
             settings = self._settings
@@ -189,7 +223,7 @@ class Planner:
                 for quota in self.table.quotas_permille
                 if quota > PARKED_QUOTA_PERMILLE  # who has no more than that counts as parked
                 for count in range(1, self._most + 1)
-                if (rate := self.rate_rps(sm_pct, quota, count, regular=regular)) > 0
+                if (rate := self.rate_rps(sm_pct, quota, count, regular=regular, clump=clump)) > 0
             ]
             known = self._ladders[key] = Ladder(sm_pct, options)
         return known

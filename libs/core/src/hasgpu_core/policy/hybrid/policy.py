@@ -23,10 +23,13 @@ from dataclasses import dataclass, field, replace
 
 from hasgpu_core.cluster import ClusterSnapshot, FunctionView
 from hasgpu_core.policy._draft import Draft, Share
+from hasgpu_core.policy._handover import one_to_spare
 from hasgpu_core.policy._reasons import change_words, pct
 from hasgpu_core.policy.hasgpu import HasGpuPolicy
+from hasgpu_core.policy.hybrid import clumps as clump_account
 from hasgpu_core.policy.hybrid import feedback as slo_feedback
-from hasgpu_core.policy.hybrid.fairness import Wanted, enough_of, order, victims
+from hasgpu_core.policy.hybrid.clumps import Clumps
+from hasgpu_core.policy.hybrid.fairness import Wanted, enough_of, may_give, order, victims
 from hasgpu_core.policy.hybrid.feedback import Feedback
 from hasgpu_core.policy.hybrid.forecast import History, observe
 from hasgpu_core.policy.hybrid.plan import Option, Planner
@@ -38,10 +41,13 @@ from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PERMILLE, DeviceS
 _RECLAIMS_A_PASS = 16
 """So many functions may have others give instances up in one pass, the most urgent first: a bound on its time."""
 
+_NEW = FunctionState()
+"""Of a function that is seen for the first time."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Memory:
-    """What the policy remembers of one function."""
+    """What the policy remembers of one function. Each look changes its own copy, never what it was given."""
 
     history: History = field(default_factory=History)
     sm_pct: int | None = None
@@ -67,6 +73,7 @@ class Memory:
     reclaimed_s: float = -math.inf
     """When others last gave instances up for it."""
     feedback: Feedback = field(default_factory=Feedback)
+    clumps: Clumps = field(default_factory=Clumps)
 
 
 @dataclass(slots=True)
@@ -78,6 +85,8 @@ class _Look:
     memory: Memory
     planner: Planner | None
     regular: bool
+    clump: int
+    """Tenths of the requests that bring another one with them, as the plan reckons."""
     capacity_rps: float
     rate_rps: float
     """Planned for."""
@@ -93,6 +102,7 @@ class HybridPolicy:
         self._settings = settings or HybridSettings()
         self._unpredicted = HasGpuPolicy(ScalingSettings(idle_to_zero_s=self._settings.idle_to_zero_s))
         self._planners: dict[tuple[int, int, tuple[int, ...], int, int], Planner] = {}
+        self._room: IndexedRoom | None = None
 
     @property
     def name(self) -> str:
@@ -106,27 +116,33 @@ class HybridPolicy:
 
         Functions take room in the order of `fairness`, which also says who gives instances up when there is none.
         """
-        room = IndexedRoom(snapshot.devices)
-        rungs = _rungs(snapshot)
+        room = self._room_of(snapshot.devices)
         looks = [
-            self._look(function, state.functions.get(function.spec.name, FunctionState()), rungs, now_s)
+            self._look(function, state.functions.get(function.spec.name, _NEW), room.rungs_pct, now_s)
             for function in snapshot.functions
         ]
         blind = [look for look in looks if self._is_blind(look)] if snapshot.devices else []
         unplanned = self._unplanned(blind, snapshot.devices, state, now_s) if blind else {}
         planned = [look for look in looks if look.function.spec.name not in unplanned] if unplanned else looks
+        givers = {look.function.spec.name: look for look in planned if may_give(look.function)}
         served = 0
         for look in sorted(planned, key=_urgency):
             self._plan(look, room, now_s)
             if look.wanted is not None and served < _RECLAIMS_A_PASS:
                 served += 1
-                self._reclaim(look, planned, snapshot.devices, now_s)
+                self._reclaim(look, givers, snapshot.devices, now_s)
         made = {look.function.spec.name: self._decision(look, now_s) for look in planned}
         states = {look.function.spec.name: FunctionState(own=look.memory) for look in planned}
         for name, (decision, kept) in unplanned.items():
             made[name], states[name] = decision, kept
         names = [function.spec.name for function in snapshot.functions]
         return tuple(made[name] for name in names), PolicyState({name: states[name] for name in names})
+
+    def _room_of(self, devices: tuple[DeviceState, ...]) -> IndexedRoom:
+        """The room on the devices: that of the pass before while they are the same and nothing was taken of it."""
+        if self._room is None or self._room.devices is not devices or self._room.touched:
+            self._room = IndexedRoom(devices)
+        return self._room
 
     def _is_blind(self, look: _Look) -> bool:
         """Whether there is nothing to plan with: no prediction, or none that meets the objective."""
@@ -143,22 +159,22 @@ class HybridPolicy:
         kept = [replace(after.functions[look.function.spec.name], own=look.memory) for look in looks]
         return dict(zip(names, zip(decisions, kept, strict=True), strict=True))
 
-    def _reclaim(self, look: _Look, looks: Sequence[_Look], devices: Sequence[DeviceState], now_s: float) -> None:
+    def _reclaim(self, look: _Look, givers: Mapping[str, _Look], devices: Sequence[DeviceState], now_s: float) -> None:
         """Gives instances of others up for a function that found no room."""
         assert look.wanted is not None
         if now_s - look.memory.reclaimed_s < self._settings.reclaim_wait_s:
             return
         ready = bool(look.draft.ready)
-        chosen = enough_of(victims(look.function, [o.draft for o in looks], ready=ready), look.wanted, devices)
-        by_name = {other.function.spec.name: other for other in looks}
+        drafts = [other.draft for other in givers.values()]
+        chosen = enough_of(victims(look.function, drafts, ready=ready), look.wanted, devices)
         for victim in chosen:
             victim.draft.remove(victim.share)
             name = look.function.spec.name
-            by_name[victim.draft.function.spec.name].notes.append(
+            givers[victim.draft.function.spec.name].notes.append(
                 f"{victim.share.instance} is given up for {name} ({look.function.spec.slo_class.value})"
             )
         if chosen:
-            look.memory = replace(look.memory, reclaimed_s=now_s)
+            look.memory.reclaimed_s = now_s
             look.notes.append(f"{', '.join(v.share.instance for v in chosen)} will make room")
 
     # What is seen
@@ -177,18 +193,26 @@ class HybridPolicy:
             for view in function.instances
             if view.state not in (InstanceState.READY, InstanceState.FAILED)
         }
-        stuck = frozenset(n for n, since_s in coming_since_s.items() if now_s - since_s > settings.start_timeout_s)
+        stuck = frozenset(
+            view.instance
+            for view in function.instances
+            if view.state is not InstanceState.LOADING  # its agent bounds that; large weights take minutes
+            and now_s - coming_since_s.get(view.instance, now_s) > settings.start_timeout_s
+        )
         draft = Draft(function, headroom_permille=WHOLE_PERMILLE, stuck=stuck, refused=frozenset())
         memory = replace(memory, history=history, idle_since_s=idle_since_s, coming_since_s=coming_since_s)
         planner = self._planner(function, rungs)
         # Even arrivals allow for plans without slack, which leave none for a prediction that is off.
         regular = history.spacing.regular and not memory.feedback.active
-        capacity = _sustained_rps(draft.ready, planner, regular=regular, lend=settings.lend) if planner else 0.0
-        return _Look(function, draft, memory, planner, regular, capacity, history.peak_rps(), [])
+        clump = 0 if regular or planner is None else _clump(planner, memory)
+        capacity = 0.0
+        if planner is not None:
+            capacity = _sustained_rps(draft.ready, planner, regular=regular, clump=clump, lend=settings.lend)
+        return _Look(function, draft, memory, planner, regular, clump, capacity, history.peak_rps(), [])
 
     def _planner(self, function: FunctionView, rungs: Mapping[str, tuple[int, ...]]) -> Planner | None:
         """The plans of the device model that has predictions; kept while table and rungs stay the same."""
-        for model in sorted(rungs):
+        for model in rungs:
             table = function.tables.get(model)
             if table is None or not table.points:
                 continue
@@ -230,7 +254,7 @@ class HybridPolicy:
         if sm_pct is not None and planner.ladder(sm_pct, regular=False).options:
             return sm_pct
         chosen = planner.best_sm_pct(self._settings.reference_rps, regular=False)
-        look.memory = replace(look.memory, sm_pct=chosen)
+        look.memory.sm_pct = chosen
         return chosen
 
     def _goes_to_zero(self, look: _Look, now_s: float) -> bool:
@@ -247,17 +271,18 @@ class HybridPolicy:
     def _size(self, look: _Look, planner: Planner, sm_pct: int, room: IndexedRoom, now_s: float) -> None:
         """Chooses the plan, and makes the set of shares what it says."""
         settings, memory = self._settings, look.memory
-        ladder = planner.ladder(sm_pct, regular=look.regular)
+        ladder = planner.ladder(sm_pct, regular=look.regular, clump=look.clump)
         seen = max(memory.history.peak_rps(), memory.history.burst_rps(settings))
         burst = _burst_rps(memory.history, look.capacity_rps, look.regular, settings, now_s)
-        memory = replace(memory, feedback=self._feedback(look, max(seen, burst), now_s))
+        memory = self._judged(look, max(seen, burst), now_s)
         look.rate_rps = rate = max(seen, burst) * memory.feedback.factor
         if memory.feedback.active:
             look.notes.append(memory.feedback.words())
         least = settings.least_rps if settings.lend else settings.least_reserved_rps
         if look.regular:
             least = max(least, settings.regular_least_rps)
-        wanted = ladder.cheapest(max(settings.headroom * rate, least))
+        mostly = max(settings.headroom * memory.history.peak_rps() * memory.feedback.factor, least)
+        wanted = ladder.cheapest(max(settings.headroom * rate, least), mostly)
         assert wanted is not None
         plan = memory.plan
         basis = planner.table.basis
@@ -266,7 +291,7 @@ class HybridPolicy:
                 memory, basis=basis, plan=wanted, plan_regular=look.regular, changed_s=now_s, cheaper_since_s=None
             )
         else:
-            sustains = planner.rate_rps(sm_pct, plan.quota_permille, plan.count, regular=look.regular)
+            sustains = planner.rate_rps(sm_pct, plan.quota_permille, plan.count, regular=look.regular, clump=look.clump)
             if rate > sustains and wanted.rate_rps > sustains:
                 patience = memory.patience
                 shrunk_s = memory.shrunk_s
@@ -282,12 +307,12 @@ class HybridPolicy:
                     cheaper_since_s=None,
                     patience=patience,
                 )
-            elif wanted.cost(rate) <= (1 - settings.gain) * plan.cost(rate):
+            elif wanted.cost(min(rate, mostly)) <= (1 - settings.gain) * plan.cost(min(rate, mostly)):
                 since_s = now_s if memory.cheaper_since_s is None else memory.cheaper_since_s
                 left_s = max(since_s, memory.changed_s) + memory.patience * settings.settle_s - now_s
                 if look.regular != memory.plan_regular:
                     left_s = min(left_s, since_s + settings.regular_settle_s - now_s)
-                memory = replace(memory, cheaper_since_s=since_s)
+                memory.cheaper_since_s = since_s
                 if left_s > 0:
                     look.notes.append(f"a cheaper plan can be taken up in {left_s:.1f} s")
                 else:
@@ -301,8 +326,8 @@ class HybridPolicy:
                         cheaper_since_s=None,
                         patience=max(1.0, memory.patience / 2) if calm else memory.patience,
                     )
-            elif memory.cheaper_since_s is not None:
-                memory = replace(memory, cheaper_since_s=None)
+            else:
+                memory.cheaper_since_s = None
         look.memory = memory
         assert memory.plan is not None
         plan = memory.plan
@@ -317,19 +342,27 @@ class HybridPolicy:
         largest = ladder.cheapest(max(spare * rate, settings.spare_least_rps))
         self._keep_parked(look, plan, largest, room, now_s)
 
-    def _feedback(self, look: _Look, rate_rps: float, now_s: float) -> Feedback:
+    def _judged(self, look: _Look, rate_rps: float, now_s: float) -> Memory:
         """What lateness asks for that the rate does not explain."""
-        settings, memory = self._settings, look.memory
-        coming = any(share.coming for share in look.draft.active)
-        settled = now_s - memory.changed_s >= settings.feedback_after_s and not coming
-        return slo_feedback.observe(
+        settings, memory, function = self._settings, look.memory, look.function
+        demand = function.demand
+        suffices = not any(share.coming for share in look.draft.active) and look.capacity_rps >= rate_rps
+        feedback = slo_feedback.observe(
             memory.feedback,
-            look.function.demand,
-            look.function.spec.slo_s,
-            suffices=settled and look.capacity_rps >= rate_rps,
+            demand,
+            function.spec.slo_s,
+            suffices=suffices and now_s - memory.changed_s >= settings.feedback_after_s,
             now_s=now_s,
             settings=settings,
         )
+        # What is late because of a plan before, or of a cold start, comes for some time after it.
+        settled = suffices and not feedback.active and demand.oldest_wait_s <= function.spec.slo_s
+        unsettled_s = memory.clumps.unsettled_s if settled else now_s
+        counts = now_s - max(memory.changed_s, unsettled_s) >= settings.rate_window_s
+        clumps = clump_account.observe(memory.clumps, demand, now_s, counts=counts, settings=settings)
+        clumps = replace(clumps, unsettled_s=unsettled_s)
+        memory.feedback, memory.clumps = feedback, clumps
+        return memory
 
     def _enforce(self, look: _Look, plan: Option, room: IndexedRoom) -> None:
         """Brings the shares to the plan as far as there is room; does nothing where they are there."""
@@ -361,9 +394,13 @@ class HybridPolicy:
         if broken and len(ready) >= plan.count:
             for share in broken:
                 draft.remove(share)
-        for share in [s for s in draft.shares if s.allocation.sm_pct != plan.sm_pct]:
-            if any(s.ready for s in mine if not s.standby):
+        others = [s for s in draft.shares if s.allocation.sm_pct != plan.sm_pct]
+        if any(s.ready for s in mine if not s.standby):
+            for share in others:
                 draft.remove(share)
+        elif look.wanted is not None and (spare := one_to_spare(draft, others, look.rate_rps)) is not None:
+            draft.remove(spare)
+            look.notes.append(f"{spare.instance} makes room for the plan's own shape")
 
     def _bridge(self, share: Share, plan: Option) -> Option:
         """What a ready share has until the instances that the plan counts on are there: more than in the plan."""
@@ -433,7 +470,7 @@ class HybridPolicy:
         elif now_s - since_s >= self._settings.retire_s:
             draft.remove(parked[-1])
             since_s = None
-        look.memory = replace(look.memory, surplus_since_s=since_s)
+        look.memory.surplus_since_s = since_s
 
     def _look_again_s(self, look: _Look, *, changing: bool) -> float:
         """Soon where something may have to be done soon; the gateways' reports of a queue come in between."""
@@ -483,24 +520,24 @@ class HybridPolicy:
         )
 
 
-def _rungs(snapshot: ClusterSnapshot) -> Mapping[str, tuple[int, ...]]:
-    """SM shares that live devices give, by device model."""
-    found: dict[str, set[int]] = {}
-    for device in snapshot.devices:
-        found.setdefault(device.info.model, set()).update(device.info.sm_rungs_pct)
-    return {model: tuple(sorted(rungs)) for model, rungs in found.items()}
+def _clump(planner: Planner, memory: Memory) -> int:
+    """The clumps to reckon with, or the largest for which there are plans."""
+    clump, sm_pct = memory.clumps.level, memory.sm_pct
+    while clump and (sm_pct is None or not planner.ladder(sm_pct, regular=False, clump=clump).options):
+        clump -= 1
+    return clump
 
 
-def _sustained_rps(ready: Sequence[Share], planner: Planner, *, regular: bool, lend: bool) -> float:
+def _sustained_rps(ready: Sequence[Share], planner: Planner, *, regular: bool, clump: int, lend: bool) -> float:
     """What ready shares sustain together; unequal ones count as so many of the least, if that is more than the best."""
     if not ready:
         return 0.0
     kinds = {(s.allocation.sm_pct, _floored(_usable_permille(s, lend=lend))) for s in ready}
     if len(kinds) == 1:
         sm_pct, permille = next(iter(kinds))
-        return planner.rate_rps(sm_pct, permille, len(ready), regular=regular)
-    together = min(planner.rate_rps(sm, q, len(ready), regular=regular) for sm, q in kinds)
-    alone = max(planner.rate_rps(sm, q, 1, regular=regular) for sm, q in kinds)
+        return planner.rate_rps(sm_pct, permille, len(ready), regular=regular, clump=clump)
+    together = min(planner.rate_rps(sm, q, len(ready), regular=regular, clump=clump) for sm, q in kinds)
+    alone = max(planner.rate_rps(sm, q, 1, regular=regular, clump=clump) for sm, q in kinds)
     return max(together, alone)
 
 

@@ -29,13 +29,23 @@ class HybridSettings:
     the rate the first requests come before it can be seen."""
     regular_settle_s: float = 3.0
     """So long after it was found regular, or random again, a cheaper plan for that is taken up at once."""
+    clump_late: float = 1.5
+    """So many late requests more than late_share raise by a tenth the part of the requests that are taken to bring
+    another one with them ..."""
+    clump_most: int = 6
+    """... up to so many tenths."""
+    clump_forget_s: float = 3600.0
+    """That is forgotten in so long, or when so many more requests were in time."""
     latency_margin: float = 0.97
     """A configuration is only chosen where a batch of one takes at most this part of the SLO."""
     lookback_s: float = 60.0
     """The plan covers the largest rate of this long: what came once comes again (the HAS-GPU and Azure loads return to
     their peaks within it), and parked shares cost next to nothing while a cold start costs seconds."""
     bursty_above: float = 1.4
-    """Arrivals whose counts vary by more than this part of their mean come in bursts. Then the plan also covers ..."""
+    """Arrivals whose counts vary by more than this part of their mean come in bursts (or, where it has long been so,
+    by somewhat less: see `forecast`) where time is lent: room for what was chance costs next to nothing then ..."""
+    bursty_reserved_above: float = 2.0
+    """... and this where it is not. Then the plan also covers ..."""
     burst_window_s: float = 0.3
     """... the largest rate over so long ..."""
     burst_lookback_s: float = 1800.0

@@ -55,14 +55,16 @@ class Spacing:
             return self
         items = float(total - self.total)
         bin_s = min(max(_ITEMS_A_BIN * seconds / max(items, 1e-6), _SHORTEST_BIN_S), _LONGEST_BIN_S)
-        return replace(self._judged(items, seconds, enough), start_s=now_s, total=total, bin_s=bin_s)
+        before, evidence, regular = self._judged(items, seconds, enough)
+        return Spacing(now_s, total, bin_s, before, evidence, regular)
 
-    def _judged(self, items: float, seconds: float, enough: float) -> Spacing:
+    def _judged(self, items: float, seconds: float, enough: float) -> tuple[tuple[float, float] | None, float, bool]:
+        """Returns `before`, `evidence` and `regular` as they are after a bin."""
         if self.before is None:
-            return replace(self, before=(items, seconds))
+            return (items, seconds), self.evidence, self.regular
         count, part = round(items + self.before[0]), seconds / (seconds + self.before[1])
         if count < _FEWEST_COMPARED:
-            return replace(self, before=(items, seconds))
+            return (items, seconds), self.evidence, self.regular
         by_chance = _near_by_chance(count, round(part, 3))
         agrees = abs(items - count * part) <= _NEAR + 1e-9
         if agrees:
@@ -72,7 +74,7 @@ class Spacing:
         most = enough + _EVIDENCE_BEYOND
         evidence = min(most, max(-most, self.evidence + weight))
         regular = evidence >= (0.0 if self.regular else enough)
-        return replace(self, before=(items, seconds) if agrees else None, evidence=evidence, regular=regular)
+        return (items, seconds) if agrees else None, evidence, regular
 
 
 @lru_cache(maxsize=4096)

@@ -24,7 +24,17 @@ time; what goes together with request i has to have come by then: t_j <= t_(i-1)
 instances there are, what they hold while idle, and that a batch of this kind waits for all that has come, is left out:
 it stays a lower bound on who sends at once, and on nobody who holds requests back in the hope of more.
 
-Requests that may be late within the objective's 0.5 % are left out of the bound, the dearest first.
+**Held shares, lent time, sent at once** (`held_bound`). The bounds above give instances away: the borrowed one counts
+only the time that batches use. But a device gives no request below `PARKED_QUOTA_PERMILLE`, which an instance holds
+while it idles, and a start takes seconds, so how many there are can't follow the arrivals of the moment. Here time is
+cut into epochs of 5 s, about a cold start. In each a set of equal instances (SM share, quota, count) is held; every
+request goes at once to an idle one, or with all who wait to the first that is free. Each set's cost and late requests
+in the epoch are worked out from the very arrivals, so the best set is chosen knowing them. Which epochs the late ones
+are spent in is relaxed (Lagrange): for every price of a late request the sum of the least (cost + price x late) less
+price x allowed is a lower bound, and the largest of these is taken. Epochs begin with idle instances, sets change at no
+cost. It is a bound for who holds equal sets for such an epoch or longer and sends at once, on nobody else.
+
+In the other bounds, requests that may be late within the objective's 0.5 % are left out, the dearest first.
 """
 
 from __future__ import annotations
@@ -36,6 +46,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasgpu_core.capacity import CapacityTable
+from hasgpu_core.resources import PARKED_QUOTA_PERMILLE, WHOLE_PCT, WHOLE_PERMILLE
+
+_HALVINGS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +132,98 @@ def borrowed_bound(
     shares.sort()
     kept = len(shares) - int(late_share * len(shares))
     return Bound(sum(shares[:kept]), kept)
+
+
+def held_bound(
+    arrivals_s: Sequence[float],
+    table: CapacityTable,
+    *,
+    duration_s: float,
+    max_batch: int,
+    epoch_s: float = 5.0,
+    most: int = 6,
+    late_share: float = 0.005,
+) -> Bound:
+    """Returns the bound for who holds a set of equal instances for an epoch, lends its idle time and sends at once."""
+    slo_s = table.slo_ms / 1e3
+    shares = _shares(table, slo_s, max_batch)
+    if not shares:
+        return Bound(0.0, 0)
+    epochs = [
+        _held_costs(
+            arrivals_s[bisect_left(arrivals_s, at * epoch_s) : bisect_left(arrivals_s, (at + 1) * epoch_s)],
+            shares,
+            (slo_s, epoch_s, max_batch, most),
+        )
+        for at in range(math.ceil(duration_s / epoch_s - 1e-9))
+    ]
+    allowed = int(late_share * len(arrivals_s))
+    low, high = 0.0, 1.0 + max(cost for costs in epochs for cost, _ in costs)
+    best = 0.0
+    for _ in range(_HALVINGS):
+        price = (low + high) / 2
+        chosen = [min((cost + price * late, late) for cost, late in costs) for costs in epochs]
+        best = max(best, sum(cost for cost, _ in chosen) - price * allowed)
+        low, high = (price, high) if sum(late for _, late in chosen) > allowed else (low, price)
+    return Bound(best, len(arrivals_s) - allowed)
+
+
+def _shares(table: CapacityTable, slo_s: float, max_batch: int) -> list[tuple[float, int, tuple[float, ...]]]:
+    """(part of the SMs, quota, latencies by batch) of those that answer a request in time."""
+    found = []
+    for sm_pct in table.sm_pcts:
+        for quota in table.quotas_permille:
+            latencies = tuple(table.latency_s(b, sm_pct, quota) or 1e9 for b in range(1, max_batch + 1))
+            if latencies[0] <= slo_s and quota > PARKED_QUOTA_PERMILLE:
+                found.append((sm_pct / WHOLE_PCT, quota, latencies))
+    return found
+
+
+def _held_costs(
+    arrivals_s: Sequence[float],
+    shares: Sequence[tuple[float, int, tuple[float, ...]]],
+    limits: tuple[float, float, int, int],
+) -> list[tuple[float, int]]:
+    """(GPU-seconds, late requests) of the sets for one epoch that no other beats in both.
+
+    `limits` are the objective and the epoch in seconds, the largest batch and the most instances.
+    """
+    slo_s, epoch_s, max_batch, most = limits
+    found = []
+    for part, quota, latencies in shares:
+        for count in range(1, most + 1):
+            late, busy_s = _late_of(arrivals_s, latencies, count, slo_s, max_batch)
+            held = count * PARKED_QUOTA_PERMILLE * epoch_s + (quota - PARKED_QUOTA_PERMILLE) * busy_s
+            found.append((part * held / WHOLE_PERMILLE, late))
+            if not late:
+                break
+    found.sort()
+    kept = found[:1]
+    for cost, late in found:
+        if late < kept[-1][1]:
+            kept.append((cost, late))
+    return kept
+
+
+def _late_of(
+    arrivals_s: Sequence[float], latencies: Sequence[float], count: int, slo_s: float, max_batch: int
+) -> tuple[int, float]:
+    """(late requests, seconds of all batches): at once, or all who wait as far as the first of them is in time."""
+    free = [-math.inf] * count
+    at = late = 0
+    busy_s = 0.0
+    while at < len(arrivals_s):
+        start_s = max(free[0], arrivals_s[at])
+        last = bisect_right(arrivals_s, start_s, at, min(len(arrivals_s), at + max_batch))
+        batch, left_s = last - at, slo_s - (start_s - arrivals_s[at]) + 1e-12
+        while batch > 1 and latencies[0] <= left_s < latencies[batch - 1]:
+            batch -= 1
+        end_s = start_s + latencies[batch - 1]
+        late += sum(end_s - arrived_s > slo_s + 1e-12 for arrived_s in arrivals_s[at : at + batch])
+        busy_s += latencies[batch - 1]
+        heapq.heapreplace(free, end_s)
+        at += batch
+    return late, busy_s
 
 
 def _waits(arrivals_s: Sequence[float], n: int, batch: int, slo_s: float) -> bool:

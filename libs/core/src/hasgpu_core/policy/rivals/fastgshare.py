@@ -55,6 +55,14 @@ class _Configuration:
         return self.throughput_rps / (self.sm_pct * self.permille)
 
 
+def _best(configuration: _Configuration) -> tuple[float, int, int]:
+    return configuration.efficiency, -configuration.sm_pct, -configuration.permille
+
+
+def _cheapest(configuration: _Configuration) -> tuple[int, float]:
+    return configuration.sm_pct * configuration.permille, -configuration.throughput_rps
+
+
 @dataclass(frozen=True, slots=True)
 class _Memory:
     peaks: tuple[tuple[float, float], ...] = ()
@@ -95,15 +103,40 @@ class FastGSharePolicy(Rival):
             self._shrink(scene, table, max(peak for _, peak in peaks), have, floor)
         return _Memory(peaks), f"rate {rate:.1f} rps, {have:.1f} provided"
 
+    def fits(self, scene: Scene, share: Share) -> bool:
+        """It chooses the most efficient configuration, or a cheaper one: the cheapest of that throughput."""
+        table, allocation = scene.table, share.allocation
+        assert table is not None
+        if allocation != scene.draft.allocation(allocation.sm_pct, allocation.request_permille):
+            return False
+        configurations = list(self._configurations(scene, table))
+        own = next(
+            (c for c in configurations if (c.sm_pct, c.permille) == (allocation.sm_pct, allocation.request_permille)),
+            None,
+        )
+        if own is None:
+            return False
+        best = max(configurations, key=_best)
+        able = [c for c in configurations if c.throughput_rps >= own.throughput_rps]
+        return own == best or (own == min(able, key=_cheapest) and _cheapest(own)[0] <= _cheapest(best)[0])
+
+    def first(self, scene: Scene) -> None:
+        """The one of best throughput per resource."""
+        assert scene.table is not None
+        configurations = list(self._configurations(scene, scene.table))
+        if configurations:
+            best = max(configurations, key=_best)
+            scene.add(best.sm_pct, best.permille)
+
     def _grow(self, scene: Scene, configurations: list[_Configuration], gap: float) -> None:
-        best = max(configurations, key=lambda c: (c.efficiency, -c.sm_pct, -c.permille))
+        best = max(configurations, key=_best)
         for _ in range(int(max(0.0, gap) // best.throughput_rps)):
             if scene.add(best.sm_pct, best.permille) is None:
                 return
             gap -= best.throughput_rps
         if gap > 0 or not scene.draft.active:
             able = [c for c in configurations if c.throughput_rps >= gap]
-            rest = min(able, key=lambda c: (c.sm_pct * c.permille, -c.throughput_rps)) if able else best
+            rest = min(able, key=_cheapest) if able else best
             scene.add(rest.sm_pct, rest.permille)
 
     def _shrink(self, scene: Scene, table: CapacityTable, needed: float, have: float, floor: int) -> None:
@@ -124,7 +157,7 @@ class FastGSharePolicy(Rival):
 
     def _configurations(self, scene: Scene, table: CapacityTable) -> Iterator[_Configuration]:
         for sm_pct in scene.rungs_pct:
-            for permille in table.quotas_permille:
+            for permille in scene.quotas_permille:
                 rate = self._rate_rps(table, sm_pct, permille, scene.function.spec.slo_s)
                 if rate > 0:
                     yield _Configuration(sm_pct, permille, rate)

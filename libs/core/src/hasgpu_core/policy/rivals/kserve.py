@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from hasgpu_core.policy._draft import Share
 from hasgpu_core.policy.rivals._base import Rival, Scene, remove_surplus
 from hasgpu_core.resources import WHOLE_PERMILLE
 
@@ -109,6 +110,15 @@ class KServePolicy(Rival):
             replace(known, panic_since_s=since_s, panic_pods=pods, idle_since_s=idle_since_s),
             f"{mode}: {stable} replicas by 60 s, {panic} by 6 s at a target of {target:.2g}",
         )
+
+    def fits(self, scene: Scene, share: Share) -> bool:
+        """A replica is a whole GPU."""
+        allocation = share.allocation
+        return (allocation.sm_pct, allocation.request_permille) == (max(scene.rungs_pct), WHOLE_PERMILLE)
+
+    def first(self, scene: Scene) -> None:
+        """A replica."""
+        scene.add(max(scene.rungs_pct), WHOLE_PERMILLE)
 
     def _desired(self, memory: _Memory, window_s: float, target: float, ready: int, now_s: float) -> int:
         values = [value for at_s, value in memory.samples if at_s > now_s - window_s]

@@ -84,6 +84,17 @@ class ReleasedPolicy(Rival):
             known = replace(known, changed_s=scene.now_s)
         return known, f"rate {rate:.1f} rps predicted, capacity {capacity:.1f}"
 
+    def fits(self, scene: Scene, share: Share) -> bool:
+        """Its quotas are whole steps, and it borrows nothing."""
+        allocation = share.allocation
+        return (
+            allocation.request_permille % _STEP == 0 and allocation.limit_permille == allocation.request_permille
+        ) or allocation.request_permille == WHOLE_PERMILLE
+
+    def first(self, scene: Scene) -> None:
+        """What it starts every function with."""
+        scene.add(self._start_sm_pct(scene), _START_PERMILLE)
+
     def _filtered(self, known: _Memory) -> _Memory:
         (start_s, start), (end_s, end) = known.totals[0], known.totals[-1]
         measured = (end - start) / max(end_s - start_s, 1e-3)
@@ -142,7 +153,7 @@ class ReleasedPolicy(Rival):
         return surplus
 
     def _most_efficient(self, scene: Scene, table: CapacityTable) -> tuple[int, int]:
-        pairs = [(sm, q) for sm in scene.rungs_pct for q in table.quotas_permille]
+        pairs = [(sm, q) for sm in scene.rungs_pct for q in scene.quotas_permille]
         return max(pairs, key=lambda p: (self._capacity_rps(table, *p) / (p[0] * p[1]), -p[0], -p[1]))
 
     def _start_sm_pct(self, scene: Scene) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hasgpu_core.policy._draft import Share
 from hasgpu_core.policy.hybrid.plan import Option, Planner
 from hasgpu_core.policy.hybrid.settings import HybridSettings
 from hasgpu_core.policy.rivals._base import Rival, Scene
@@ -33,6 +34,20 @@ class StaticPeakPolicy(Rival):
             pass
         scene.capacity_rps = option.rate_rps
         return memory, f"{option.count} for a peak of {self._peaks_rps.get(spec.name, 0.0):.1f} rps"
+
+    def fits(self, scene: Scene, share: Share) -> bool:
+        """All of its set are the same."""
+        option, allocation = self._option(scene), share.allocation
+        return option is None or (allocation.sm_pct, allocation.request_permille) == (
+            option.sm_pct,
+            option.quota_permille,
+        )
+
+    def first(self, scene: Scene) -> None:
+        """One of the set."""
+        option = self._option(scene)
+        if option is not None:
+            scene.add(option.sm_pct, option.quota_permille)
 
     def _option(self, scene: Scene) -> Option | None:
         name, table = scene.function.spec.name, scene.table
