@@ -152,3 +152,13 @@ def test_brokers_of_somebody_else_are_used_and_left_alone(
     assert (nats.pid, redis.pid) == pids
     done = other.cli("status", check=False)
     assert done.returncode == 1
+
+
+def test_a_setting_that_a_service_refuses_ends_the_start(tmp_path: pathlib.Path) -> None:
+    other = System(tmp_path / "home")
+    done = other.cli("up", "--port", str(other.port), "--devices", "quantum", "--timeout", "600", check=False)
+    assert done.returncode == 1
+    assert "it keeps ending: node-agent-0" in done.stderr
+    assert "HASGPU_DEVICES: expected cpu" in done.stderr
+    assert "got 'quantum'" in done.stderr
+    assert other.cli("status", check=False).returncode == 1

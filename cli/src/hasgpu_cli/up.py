@@ -24,6 +24,8 @@ READY_WITHIN_S = 90.0
 STOP_WITHIN_S = 60.0
 POLL_S = 0.2
 TAIL_LINES = 12
+HOPELESS_AFTER = 5
+"""Starts of one process that ended: a setting that it refuses will not be taken the next time."""
 
 
 class StartError(HasgpuError):
@@ -87,9 +89,11 @@ async def wait_until_ready(
             if not missing:
                 on_progress(missing)
                 return record
+            if hopeless := [unit.name for unit in record.units.values() if unit.restarts_count >= HOPELESS_AFTER]:
+                raise StartError(_failure(home, {name: missing.get(name, "") for name in hopeless}, "it keeps ending"))
         on_progress(missing)
         await asyncio.sleep(POLL_S)
-    raise StartError(_failure(home, missing, within_s))
+    raise StartError(_failure(home, missing, f"not ready within {within_s:.0f} s"))
 
 
 def stop(home: Home) -> int:
@@ -153,8 +157,8 @@ async def _missing(home: Home, record: RunRecord) -> dict[str, str]:
     return missing
 
 
-def _failure(home: Home, missing: dict[str, str], within_s: float) -> str:
-    lines = [f"not ready within {within_s:.0f} s: " + "; ".join(f"{name} {why}" for name, why in missing.items())]
+def _failure(home: Home, missing: dict[str, str], what: str) -> str:
+    lines = [f"{what}: " + "; ".join(f"{name} {why}" for name, why in missing.items())]
     for name in missing:
         unit = name.replace("node", "node-agent-") if name.startswith("node") and "-" not in name else name
         path = log_path(home, unit)
