@@ -6,8 +6,8 @@ What tells it is that more requests are late than the plan lets be. So an accoun
 `late_share` into it, each late one takes 1 out. What is owed says how large clumps are taken to be (`plan`): every
 `clump_late` owed raise the part of the requests that bring another one with them by a tenth.
 
-Whatever the arrivals are, as long as the largest clumps reckoned with suffice, of N requests no more than
-`late_share` N + `clump_late` x `clump_most` are late: by the account, and it never owes more than that.
+The account drives the late towards `late_share` N of N requests and a few more, whatever the arrivals are. It is no
+bound: plans follow only what was late already, and no more than `_ONCE_LATE` late requests of one look count.
 
 Late requests count only while the plan is in force and claims to suffice; what comes of a larger rate, of cold starts
 and of wrong predictions is the business of others (`forecast`, `feedback`).
