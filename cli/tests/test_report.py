@@ -19,6 +19,7 @@ from hasgpu_cli.demo.report_data import (
     count_actions,
     device_seconds,
 )
+from hasgpu_cli.demo.tracker import came_down
 from hasgpu_cli.load import OK, Answer, Outcome, Replay
 
 BEGAN_NS = 1_000_000_000_000
@@ -151,3 +152,18 @@ def test_a_prediction_is_read_from_what_rapp_describes() -> None:
     assert found is not None
     assert (found.observed_ms, found.predicted_ms, found.corrected_ms) == (15.2, 10.0, 15.0)
     assert Prediction.of({**state, "observed": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "came"),
+    [
+        ([], False),
+        (["horizontal_up", "vertical_down", "horizontal_down"], True),
+        (["vertical_down", "horizontal_down", "vertical_up"], False),
+        (["vertical_up", "vertical_down"], False),
+        (["vertical_up", "horizontal_down", "horizontal_down"], False),
+    ],
+)
+def test_shares_came_down_when_nothing_grew_after_it(kinds: list[str], came: bool) -> None:
+    decisions = [decision(float(at_s), kind) for at_s, kind in enumerate(kinds)]
+    assert came_down(reversed(decisions)) is came

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 DEPLOY_WITHIN_S = 150.0
 TABLE_WITHIN_S = 15.0
 CALM_WITHIN_S = 150.0
-"""How long the shares are watched after the last request at most: until they have come down and an instance went. The
-policy waits for a minute of less load, and for half a minute that nobody needed a parked instance."""
+"""How long the shares are watched after the last request at most: until they have come down and an instance went, and
+nothing grew after that. The policy waits for a minute of less load, and for half a minute that nobody needed a parked
+instance."""
 REQUEST_TIMEOUT_S = 30.0
 STATUS_PERIOD_S = 0.25
 SETTINGS = {"HASGPU_SCALER_RETIRE_S": "30"}
@@ -253,8 +254,8 @@ async def _replay(
                     )
         replay_s = time.monotonic() - began_s
         with _step(console, f"watching the shares come down, at most {CALM_WITHIN_S:.0f} s") as say:
-            until_s, ended_unix_ns = time.monotonic() + CALM_WITHIN_S, time.time_ns()
-            while time.monotonic() < until_s and not tracker.shrank(ended_unix_ns):
+            until_s = time.monotonic() + CALM_WITHIN_S
+            while time.monotonic() < until_s and not tracker.shrank():
                 await asyncio.sleep(STATUS_PERIOD_S)
                 say(", ".join(f"{plan.name} up to {100 * tracker.share(plan.name):.0f} %" for plan in plans))
     await tracker.collect_decisions()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hasgpu_core.errors import HasgpuError
@@ -77,16 +77,9 @@ class Tracker:
         """The part of a device that the function is allowed now."""
         return self.samples[-1].allowed_share(function) if self.samples else 0.0
 
-    def shrank(self, since_unix_ns: int) -> bool:
-        """Whether shares have come down and an instance went since a time."""
-        kinds = {
-            action["kind"]
-            for decisions in self._decisions.values()
-            for decision in decisions.values()
-            if decision["decided_unix_ns"] >= since_unix_ns
-            for action in decision["actions"]
-        }
-        return {"vertical_down", "horizontal_down"} <= kinds
+    def shrank(self) -> bool:
+        """Whether shares have come down and an instance went since anything last grew."""
+        return came_down([decision for name in self._functions for decision in self.decisions(name)])
 
     async def _loads(self) -> dict[str, LoadView]:
         newest = {name: await explain(self._target, name, limit=1, include_idle=True) for name in self._functions}
@@ -108,3 +101,12 @@ class Tracker:
             if instance["allocation"] and instance["state"] in LIVE_STATES
         ]
         return Sample(time.monotonic() - self._began_s, tuple(instances), loads)
+
+
+def came_down(decisions: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether, since the last of these decisions that made anything grow, a share shrank and an instance went."""
+    seen: set[str] = set()
+    for decision in sorted(decisions, key=lambda decision: decision["decided_unix_ns"]):
+        kinds = {action["kind"] for action in decision["actions"]}
+        seen = set() if kinds & {"vertical_up", "horizontal_up"} else seen | kinds
+    return {"vertical_down", "horizontal_down"} <= seen
