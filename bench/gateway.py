@@ -230,9 +230,9 @@ async def worker_address(folder: Path) -> str:
             await asyncio.sleep(0.05)
 
 
-async def announce(nats_url: str, address: str, cores: int) -> None:
-    """Says on the bus that the instance is ready, as its node agent would."""
-    event = InstanceEvent(
+def ready_event(address: str, cores: int) -> InstanceEvent:
+    """What the node agent of the instance would say of it."""
+    return InstanceEvent(
         function=FUNCTION,
         instance=f"{FUNCTION}-0",
         node="bench",
@@ -247,6 +247,11 @@ async def announce(nats_url: str, address: str, cores: int) -> None:
         device_model=f"cpu-{cores}c",
         plan_revision=1,
     )
+
+
+async def announce(nats_url: str, address: str, cores: int) -> None:
+    """Says on the bus that the instance is ready, as its node agent would."""
+    event = ready_event(address, cores)
     async with NatsBus.connect(nats_url, name="bench", clock=SystemClock()) as bus:
         await bus.put(instance_subject(FUNCTION, event.instance), wire.encode(event))
 

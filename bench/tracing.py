@@ -62,11 +62,10 @@ from gateway import (
     deploy,
     free_address,
     prepare_worker,
+    ready_event,
     request_of,
     worker_address,
 )
-from hasgpu_core.events import InstanceEvent
-from hasgpu_core.resources import Allocation, InstanceState
 from hasgpu_gateway.calls import BatchAnswer
 from hasgpu_gateway.tracing import trace_batch, trace_request
 from hasgpu_runtime.brokers import NatsServer, RedisServer
@@ -84,21 +83,7 @@ SHARED_SINK = ROOT.parent / "shared" / "tools" / "compose-lab" / "otlp_sink.py"
 OFF, AGAIN, TRACED = "off", "off again", "traced"
 CALLERS = 16
 SIZE_BYTES = 64
-INSTANCE = InstanceEvent(
-    function=FUNCTION,
-    instance=f"{FUNCTION}-0",
-    node="bench",
-    gpu="cpu0",
-    row=0,
-    state=InstanceState.READY,
-    reason="",
-    address="127.0.0.1:50001",
-    allocation=Allocation(sm_pct=100, request_permille=1000, limit_permille=1000, memory_bytes=1 << 30),
-    allocation_revision=1,
-    function_revision=1,
-    device_model="cpu-2c",
-    plan_revision=1,
-)
+INSTANCE = ready_event("127.0.0.1:50001", cores=2)
 WARM_UP_COUNT = 2_000
 """Requests before a system's first cell."""
 AWAKE_COUNT = 32

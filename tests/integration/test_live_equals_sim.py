@@ -193,6 +193,13 @@ async def tell(bus: MemoryBus, event: RecordedEvent) -> None:
             pass  # found in the store
 
 
+async def hear(bus: MemoryBus, entry: RecordedInput) -> None:
+    """Says a recorded event, and lets the scaler take it in."""
+    await tell(bus, entry.event)
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 async def run_live(
     load: RecordedLoad, decides: ScalingPolicy, recorder: Recorder | None = None, clock: ManualClock | None = None
 ) -> Sequence[tuple[Decision, ...]]:
@@ -202,9 +209,7 @@ async def run_live(
         for entry in load.entries:
             clock.advance(entry.at_s - clock.now_s())
             if isinstance(entry, RecordedInput):
-                await tell(bus, entry.event)
-                for _ in range(5):
-                    await asyncio.sleep(0)
+                await hear(bus, entry)
             else:
                 await app.run_pass()
     return policy.decided
@@ -267,9 +272,7 @@ async def test_a_change_of_the_policy_is_the_same_live_and_simulated(second: str
         for entry in load.entries:
             clock.advance(entry.at_s - clock.now_s())
             if isinstance(entry, RecordedInput):
-                await tell(bus, entry.event)
-                for _ in range(5):
-                    await asyncio.sleep(0)
+                await hear(bus, entry)
                 continue
             if entry.at_s >= SWITCH_S and not changed:
                 decided, live = live.decided, Remembering(make(second, STEADY_THEN_BURST))

@@ -6,6 +6,8 @@ and there would be nothing to advise on.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hasgpu_core.cluster import FunctionView
 from hasgpu_core.events import DesiredInstance
 from hasgpu_core.policy.scaling import Decision
@@ -37,21 +39,13 @@ def missing_minimum(function: FunctionView, advice: Decision) -> Decision | None
         return None
     kept = {item.instance: DesiredInstance(item.instance, item.allocation, item.standby) for item in function.instances}
     desired = kept | taken
-    return Decision(
-        function=advice.function,
+    return replace(
+        advice,
         desired=tuple(desired[name] for name in sorted(desired)),
         actions=tuple(action for action in advice.actions if action.instance in taken),
         reason=(
             f"advisory mode: {', '.join(sorted(taken))} for the minimum of {function.spec.min_instances}, "
             f"all else is left as it is (advised: {advice.reason})"
         ),
-        look_again_s=advice.look_again_s,
-        next_ordinal=advice.next_ordinal,
-        observed_rps=advice.observed_rps,
-        predicted_rps=advice.predicted_rps,
-        capacity_rps=advice.capacity_rps,
-        queued_items_count=advice.queued_items_count,
-        p95_s=advice.p95_s,
         standby_changed=any(name in present for name in taken),
-        needed_rps=advice.needed_rps,
     )
